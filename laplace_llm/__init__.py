@@ -1,0 +1,41 @@
+"""Laplace approximations over the LoRA weights of language models, for `laplace-torch`.
+
+Importing this package registers ``subset_of_weights="lora"`` with `laplace.Laplace`.
+"""
+
+from laplace_llm.collate import (
+    ChoiceScoringCollator,
+    MultipleChoiceCollator,
+    letter_prompt,
+    question_prompt,
+)
+from laplace_llm.curvature import StreamingEF, StreamingGGN
+from laplace_llm.errors import LaplaceLLMError
+from laplace_llm.heads import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
+from laplace_llm.laplace import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, Laplace
+from laplace_llm.subnet import LoraSubnetMask
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022  # grouped by what they are for
+    # posteriors
+    "Laplace",
+    "KronLoraLaplace",
+    "DiagLoraLaplace",
+    "FullLoraLaplace",
+    # curvature backends
+    "StreamingGGN",
+    "StreamingEF",
+    # heads and their collators
+    "MultipleChoiceHead",
+    "ChoiceScoringHead",
+    "SequenceClassificationHead",
+    "MultipleChoiceCollator",
+    "ChoiceScoringCollator",
+    "letter_prompt",
+    "question_prompt",
+    # the parent's subnetwork Laplace
+    "LoraSubnetMask",
+    # errors
+    "LaplaceLLMError",
+]

@@ -1,0 +1,160 @@
+"""Collators: rows of text ``{"question", "choices", "answer"}`` -> batches for the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from laplace_llm.errors import DataError
+
+Row = Mapping[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def letter_prompt(row: Row) -> str:
+    """Return the question, its choices behind letters, and "Answer:"."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
+    return "\n".join([f"Question: {row['question']}", *lines, "Answer:"])
+
+
+def question_prompt(row: Row) -> str:
+    """Return the question and "Answer:", without the choices."""
+    return f"Question: {row['question']}\nAnswer:"
+
+
+@dataclass
+class MultipleChoiceCollator:
+    """Batches for `MultipleChoiceHead`: one prompt a question.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Its ``padding_side`` is used; a tokenizer without a padding token is fine.
+    prompt : Callable, default=letter_prompt
+        Maps a row to the text that the answer's token follows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Callable[[Row], str] = letter_prompt
+
+    def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
+        """Return ``input_ids`` and ``attention_mask`` (B, T), and ``labels`` (B,) if all have one.
+
+        Raises
+        ------
+        DataError
+            If a row lacks its question or choices, or an answer is not an index into them.
+        """
+        labels = _labels(rows)
+        sequences = [_ids(self.tokenizer, self.prompt(row)) for row in rows]
+        ids, mask = _pad(self.tokenizer, sequences)
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask, **labels})
+
+
+@dataclass
+class ChoiceScoringCollator:
+    """Batches for `ChoiceScoringHead`: one sequence a choice.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        Its ``padding_side`` is used; a tokenizer without a padding token is fine.
+    prompt : Callable, default=question_prompt
+        Maps a row to the text that " " + choice follows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Callable[[Row], str] = question_prompt
+
+    def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
+        """Return ``input_ids``, ``attention_mask``, ``choice_mask`` (B, C, T), ``labels`` (B,).
+
+        Raises
+        ------
+        DataError
+            If a row lacks its question or choices, an answer is not an index into them, or the
+            rows have different numbers of choices.
+        """
+        labels = _labels(rows)
+        sizes = {len(row["choices"]) for row in rows}
+        if len(sizes) != 1:
+            raise DataError(
+                f"Expected rows with the same number of choices, but got {sorted(sizes)}. Leave "
+                "out the odd ones, or batch rows of the same number together."
+            )
+        sequences, lengths = [], []
+        for row in rows:
+            prompt = self.prompt(row)
+            head = _ids(self.tokenizer, prompt)
+            for choice in row["choices"]:
+                tail = continuation(self.tokenizer, prompt, f" {str(choice).strip()}")
+                sequences.append(head + tail)
+                lengths.append(len(tail))
+        ids, mask = _pad(self.tokenizer, sequences)
+        # Counted from the row's last real token, the choice is the last `length` of them.
+        from_end = mask.flip(-1).cumsum(-1).flip(-1)
+        chosen = mask.bool() & (from_end <= torch.tensor(lengths)[:, None])
+        shape = (len(rows), sizes.pop(), -1)
+        batch = {"input_ids": ids, "attention_mask": mask, "choice_mask": chosen}
+        return BatchEncoding({**{k: v.view(shape) for k, v in batch.items()}, **labels})
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
+    """Return the tokens that `text` adds after `prompt`.
+
+    Tokenised together, because some tokenizers write a word differently at the start of a text.
+
+    Raises
+    ------
+    DataError
+        If the text adds no token.
+    """
+    head, both = _ids(tokenizer, prompt), _ids(tokenizer, prompt + text)
+    if both[: len(head)] == head:
+        tail = both[len(head) :]
+    else:
+        tail = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tail:
+        raise DataError(f"Expected choices with at least one token, but {text!r} has none.")
+    return tail
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise with a leading special token (BOS) but without a closing one (EOS)."""
+    ids = list(tokenizer(text)["input_ids"])
+    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return ids[:-1] if len(ids) > 1 and ids[-1] in closing else ids
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    side = tokenizer.padding_side
+    ids = [torch.tensor(sequence) for sequence in sequences]
+    masks = [torch.ones_like(sequence) for sequence in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_value=0, padding_side=side),
+    )
+
+
+def _labels(rows: Sequence[Row]) -> dict[str, Tensor]:
+    for index, row in enumerate(rows):
+        if "question" not in row or not row.get("choices"):
+            raise DataError(
+                f"Expected rows with 'question' and 'choices', but row {index} has {sorted(row)}."
+            )
+        answer = row.get("answer", 0)
+        if not isinstance(answer, int) or not 0 <= answer < len(row["choices"]):
+            raise DataError(
+                f"Expected the answer to be an index into {len(row['choices'])} choices, but row "
+                f"{index} has {answer!r}."
+            )
+    if not all("answer" in row for row in rows):
+        return {}
+    return {"labels": torch.tensor([row["answer"] for row in rows])}

@@ -1,0 +1,354 @@
+"""Streaming curvature backends: taps and seeds in, Kronecker factors, diagonals and GGNs out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from laplace_llm import seeds, taps
+from laplace_llm._compat import CurvatureInterface, EFInterface, GGNInterface, Kron
+from laplace_llm.adapters import find_lora_tensors, lora_dtype
+from laplace_llm.data import check_labels
+from laplace_llm.errors import AdapterError, OptionError, OutputError
+from laplace_llm.kronecker import LoraKron
+from laplace_llm.sketch import check_rank
+from laplace_llm.taps import Batch, Taps
+
+
+class BatchSummary(NamedTuple):
+    """What a batch contributed besides its curvature.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Negative log likelihood summed over the batch (without the regression normaliser).
+    n_outputs : int
+        C, the number of classes or regression outputs.
+    """
+
+    loss: Tensor
+    n_outputs: int
+
+
+class StreamingInterface(CurvatureInterface):
+    """Curvature of LoRA tensors from forward hooks and ``autograd.grad``; no vmap, no Jacobian.
+
+    One forward and one backward pass per seed cover a batch. The `accumulate_*` methods add a
+    batch to running sums and are what the ``"lora"`` classes use; `kron`, `diag`, `full`,
+    `jacobians` and `gradients` are `laplace-torch`'s interface, so the backends also work in its
+    own classes, on a model whose only trainable parameters are LoRA's.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Maps one batch to (B, C) logits.
+    likelihood : {'classification', 'regression'}
+        Determines the seeds.
+    last_layer : bool, default=False
+        Not supported; part of the parent's signature.
+    subnetwork_indices : Tensor, optional
+        Columns to keep in `diag`, `full`, `jacobians` and `gradients`.
+    dict_key_x, dict_key_y : str
+        As in the parent.
+    kfac_approx : {'reduce', 'expand'}, default='reduce'
+        How tokens are summarised (Eschenhagen et al., *Kronecker-Factored Approximate Curvature
+        for Modern Neural Network Architectures*, NeurIPS 2023). Padding is masked in both.
+        'reduce': the mean input and the summed gradient of an example. 'expand': every token
+        counts as an example, as in curvlinops.
+    rank : int, optional
+        Rank kept of a factor's long side; default: exact up to 1,024, rank 64 beyond.
+    adapter : str, optional
+        Adapter's name; default: the active one.
+
+    Raises
+    ------
+    OptionError
+        If an option has a value that is not allowed.
+    AdapterError
+        If the model's trainable parameters are not exactly one adapter's LoRA tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        kfac_approx: Literal["reduce", "expand"] = "reduce",
+        rank: int | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        if last_layer:
+            raise OptionError(
+                f"{type(self).__name__} works on LoRA tensors, not on a last layer. Use the "
+                "parent's default backend with subset_of_weights='last_layer'."
+            )
+        if kfac_approx not in ("reduce", "expand"):
+            raise OptionError(
+                f"Expected kfac_approx 'reduce' or 'expand', but got {kfac_approx!r}."
+            )
+        check_rank(rank)
+        super().__init__(model, likelihood, False, subnetwork_indices, dict_key_x, dict_key_y)
+        self.kfac_approx = kfac_approx
+        self.rank = rank
+        self.tensors = find_lora_tensors(model, adapter)
+        self.dtype = lora_dtype(self.tensors)
+        _check_trainable(self.params_dict, [tensor.name for tensor in self.tensors])
+
+    @abstractmethod
+    def _seeds(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return (B, C, K) seeds of the loss's curvature in logit space."""
+
+    def _forward(self, x: Batch, y: Tensor) -> tuple[Taps, Tensor, BatchSummary]:
+        """Return the taps, the seeds (B, C, K) and the summary of a batch."""
+        run = taps.forward(self.model, self.tensors, x)
+        logits = run.logits.detach().to(self.dtype)
+        y = check_labels(y, logits, self.likelihood == "regression")
+        loss = self.factor * self.lossfunc(logits, y)
+        return run, self._seeds(logits, y), BatchSummary(loss, logits.shape[1])
+
+    def _sweep(self, run: Taps, seeds: Tensor) -> Iterator[list[Tensor]]:
+        """Yield the output gradients of each seed in turn; the last one frees the graph."""
+        last = seeds.shape[-1] - 1
+        for index, column in enumerate(seeds.unbind(-1)):
+            yield run.backward(column, last=index == last)
+
+    def _rows(self, run: Taps, gradients: list[Tensor]) -> Tensor:
+        """Return per-example gradients (B, P) from output gradients."""
+        pairs = zip(gradients, run.inputs, strict=True)
+        rows = torch.cat([_outer(g, a, self.dtype).flatten(1) for g, a in pairs], 1)
+        return self._subnetwork(rows)
+
+    def _subnetwork(self, values: Tensor) -> Tensor:
+        if self.subnetwork_indices is None:
+            return values
+        return values[..., self.subnetwork_indices.to(values.device)]
+
+    def accumulate_kron(self, state: LoraKron, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch to the factors in place."""
+        run, columns, summary = self._forward(x, y)
+        for i, pair in enumerate(state.pairs):
+            pair.inputs.add(self._summarise_inputs(run, i))
+        for gradients in self._sweep(run, columns):
+            for pair, gradient in zip(state.pairs, gradients, strict=True):
+                gradient = gradient.to(self.dtype)
+                reduce = self.kfac_approx == "reduce"
+                pair.outputs.add(gradient.sum(1) if reduce else gradient.flatten(0, 1))
+        state.n_data += len(y)
+        self._check_finite(torch.stack([pair.trace.cpu() for pair in state.pairs]))
+        return summary
+
+    def _summarise_inputs(self, run: Taps, index: int) -> Tensor:
+        """Return the rows (n, in) whose second moment is the input factor."""
+        inputs, counts = run.inputs[index].to(self.dtype), run.token_counts(index)
+        if self.kfac_approx == "reduce":
+            return inputs.sum(1) / counts
+        return (inputs / torch.as_tensor(counts).to(inputs).sqrt()[..., None]).flatten(0, 1)
+
+    def accumulate_diag(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch to the diagonal (P,) in place."""
+        run, columns, summary = self._forward(x, y)
+        for gradients in self._sweep(run, columns):
+            state += self._rows(run, gradients).square().sum(0)
+        self._check_finite(state)
+        return summary
+
+    def accumulate_full(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch to the dense curvature (P, P) in place."""
+        run, columns, summary = self._forward(x, y)
+        for gradients in self._sweep(run, columns):
+            rows = self._rows(run, gradients)
+            state += rows.T @ rows
+        self._check_finite(state.diagonal())
+        return summary
+
+    def _check_finite(self, values: Tensor) -> None:
+        """Raise an error that names the first tensor with non-finite curvature.
+
+        `values` holds one number a tensor, or one a weight.
+        """
+        if bool(values.isfinite().all()):
+            return
+        position = int((~values.isfinite()).nonzero()[0])
+        if len(values) != len(self.tensors) and self.subnetwork_indices is not None:
+            position = int(self.subnetwork_indices[position])
+        name = self.tensors[min(position, len(self.tensors) - 1)].name
+        if len(values) != len(self.tensors):
+            ends = torch.tensor([t.weight.numel() for t in self.tensors]).cumsum(0)
+            name = self.tensors[int((ends <= position).sum())].name
+        raise OutputError(
+            f"Expected finite curvature, but NaN or inf came out of the activations or gradients "
+            f"of {name!r}. Check the batch and the model's precision (float16 overflows)."
+        )
+
+    def jacobian_blocks(self, x: Batch, create_graph: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Return the Jacobian of each tensor, (B, C, out * in), and the outputs (B, C).
+
+        One forward and C backward passes.
+        """
+        run = taps.forward(self.model, self.tensors, x)
+        classes = run.logits.shape[1]
+        blocks: list[list[Tensor]] = [[] for _ in self.tensors]
+        for c in range(classes):
+            cotangent = torch.zeros_like(run.logits)
+            cotangent[:, c] = 1
+            gradients = run.backward(cotangent, c == classes - 1, create_graph)
+            for block, gradient, inputs in zip(blocks, gradients, run.inputs, strict=True):
+                block.append(_outer(gradient, inputs, self.dtype).flatten(1))
+        outputs = run.logits if create_graph else run.logits.detach()
+        jacobians = []
+        while blocks:  # free each tensor's list as soon as it is stacked
+            jacobians.append(torch.stack(blocks.pop(0), 1))
+        return jacobians, outputs.to(self.dtype)
+
+    # laplace-torch's interface ------------------------------------------------------------------
+
+    def jacobians(self, x: Batch, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Return Jacobians (B, C, P) and outputs (B, C)."""
+        with torch.enable_grad():
+            blocks, outputs = self.jacobian_blocks(x, create_graph=enable_backprop)
+        return self._subnetwork(torch.cat(blocks, -1)), outputs
+
+    def gradients(self, x: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss's per-example gradients (B, P) and the summed loss."""
+        with torch.enable_grad():
+            run = taps.forward(self.model, self.tensors, x)
+            y = check_labels(y, run.logits, self.likelihood == "regression")
+            loss = self.lossfunc(run.logits.to(self.dtype), y)
+            (cotangent,) = torch.autograd.grad(loss, run.logits, retain_graph=True)
+            return self._rows(run, run.backward(cotangent, last=True)), loss.detach()
+
+    def kron(self, x: Batch, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """Return the batch's loss and factors as the parent's dense `Kron`, scaled for N examples.
+
+        The parent's own classes hold dense factors, so `rank` has no effect here.
+        """
+        longest = max(max(tensor.shape) for tensor in self.tensors)
+        state = LoraKron.empty(self.tensors, longest, self.dtype)
+        with torch.enable_grad():
+            loss = self.accumulate_kron(state, x, y).loss
+        return loss, Kron([[p.outputs.matrix, p.inputs.matrix / N] for p in state.pairs])  # type: ignore[union-attr]
+
+    def diag(self, x: Batch, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the batch's loss and the diagonal of its curvature, (P,)."""
+        return self._accumulated(self.accumulate_diag, (self._size,), x, y)
+
+    def full(self, x: Batch, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the batch's loss and its dense curvature, (P, P)."""
+        return self._accumulated(self.accumulate_full, (self._size, self._size), x, y)
+
+    @property
+    def _size(self) -> int:
+        if self.subnetwork_indices is not None:
+            return len(self.subnetwork_indices)
+        return sum(tensor.weight.numel() for tensor in self.tensors)
+
+    def _accumulated(
+        self,
+        accumulate: Callable[[Tensor, Batch, Tensor], BatchSummary],
+        shape: tuple[int, ...],
+        x: Batch,
+        y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        state = torch.zeros(shape, dtype=self.dtype, device=self.tensors[0].weight.device)
+        with torch.enable_grad():
+            return accumulate(state, x, y).loss, state
+
+
+class StreamingGGN(StreamingInterface, GGNInterface):
+    """Generalised Gauss-Newton (type-2 Fisher) of LoRA tensors, exact or Monte-Carlo.
+
+    Parameters
+    ----------
+    stochastic : bool, default=False
+        Draw labels from the model instead of using all C - 1 directions of the output Hessian.
+    mc_samples : int, default=1
+        Number of labels drawn for each example where `stochastic`.
+    **kwargs
+        See `StreamingInterface`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        mc_samples: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(mc_samples, int) or mc_samples < 1:
+            raise OptionError(f"Expected mc_samples to be an integer >= 1, but got {mc_samples!r}.")
+        super().__init__(
+            model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, **kwargs
+        )
+        self.stochastic = stochastic
+        self.mc_samples = mc_samples
+
+    def _seeds(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.likelihood == "regression":
+            if self.stochastic:
+                return seeds.sampled_regression_seeds(logits, self.mc_samples)
+            return seeds.regression_seeds(logits)
+        if self.stochastic:
+            return seeds.sampled_softmax_seeds(logits, self.mc_samples)
+        return seeds.softmax_seeds(logits)
+
+
+class StreamingEF(StreamingInterface, EFInterface):
+    """Empirical Fisher of LoRA tensors: one backward pass a batch, from the labels themselves.
+
+    Takes the arguments of `StreamingInterface`. `stochastic` and `mc_samples` have no meaning
+    here and are accepted at their defaults only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        last_layer: bool = False,
+        subnetwork_indices: Tensor | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        stochastic: bool = False,
+        mc_samples: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if stochastic or mc_samples != 1:
+            raise OptionError(
+                "The empirical Fisher uses the labels and draws none, but stochastic or mc_samples "
+                "was given. Use StreamingGGN for a Monte-Carlo Fisher."
+            )
+        super().__init__(
+            model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, **kwargs
+        )
+
+    def _seeds(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return seeds.empirical_seeds(logits, labels, self.likelihood == "regression")
+
+
+def _outer(gradient: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the per-example gradients (B, out, in) from (B, S, out) and (B, S, in)."""
+    return gradient.to(dtype).mT @ inputs.to(dtype)
+
+
+def _check_trainable(trainable: dict[str, nn.Parameter], names: list[str]) -> None:
+    """Compare the parent's choice of parameters (``requires_grad``) with the LoRA tensors."""
+    extra = [name for name in trainable if name not in set(names)]
+    missing = [name for name in names if name not in trainable]
+    if extra or missing:
+        raise AdapterError(
+            f"Expected exactly the adapter's {len(names)} LoRA tensors to be trainable, but "
+            f"{len(extra)} other parameters are too (such as {extra[:1]}) and {len(missing)} LoRA "
+            f"tensors are not (such as {missing[:1]}). Use subset_of_weights='lora', which chooses "
+            "them by itself, or set requires_grad accordingly."
+        )

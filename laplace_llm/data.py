@@ -1,0 +1,99 @@
+"""What comes out of a loader: inputs and labels, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_llm.errors import DataError, LaplaceLLMError
+from laplace_llm.taps import Batch
+
+
+def labelled(
+    loader: Iterable[Any], key: str, device: torch.device, description: str, progress_bar: bool
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield the inputs and labels of each batch.
+
+    Parameters
+    ----------
+    loader : Iterable
+        Yields mappings with a label entry, or ``(X, y)`` pairs. It needs no length.
+    key : str
+        The label's key in a mapping.
+    device : torch.device
+        Where plain input tensors and labels go; mappings are left to the model.
+    description : str
+        Of the progress bar.
+    progress_bar : bool
+        Whether to show one.
+
+    Raises
+    ------
+    DataError
+        If the loader is empty, or a batch is neither kind or has no labels.
+    """
+    empty = True
+    for batch in tqdm(loader, desc=description, disable=not progress_bar):
+        empty = False
+        if isinstance(batch, MutableMapping):
+            if key not in batch:
+                raise DataError(
+                    f"Expected labels under {key!r} in every batch, but got the keys "
+                    f"{sorted(batch)}. Add them in the collator, or name their key with "
+                    "dict_key_y=..."
+                )
+            x, y = batch, batch[key]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            x, y = batch
+            x = x.to(device) if isinstance(x, Tensor) else x
+        else:
+            raise DataError(
+                f"Expected each batch to be a mapping or an (X, y) pair, but got a "
+                f"{type(batch).__name__}."
+            )
+        yield x, torch.as_tensor(y).to(device)
+    if empty:
+        raise DataError("Expected a loader with at least one batch, but it yielded none.")
+
+
+def numbered(error: LaplaceLLMError, index: int) -> LaplaceLLMError:
+    """Return the same kind of error, naming the batch it happened in."""
+    return type(error)(f"{error} (in batch {index} of the loader, counted from 0)")
+
+
+def check_labels(labels: Tensor, logits: Tensor, regression: bool) -> Tensor:
+    """Return the labels on the logits' device, or say what is wrong with them.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B,) class indices, or (B, C) targets for regression.
+    logits : Tensor
+        (B, C).
+    regression : bool
+        Which of the two is expected.
+    """
+    labels = labels.to(logits.device)
+    if regression:
+        if labels.shape != logits.shape:
+            raise DataError(
+                f"Expected regression targets of the outputs' shape {tuple(logits.shape)}, but got "
+                f"{tuple(labels.shape)}."
+            )
+        return labels.to(logits.dtype)
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise DataError(
+            f"Expected one integer label for each of {len(logits)} examples, but got shape "
+            f"{tuple(labels.shape)} of {labels.dtype}."
+        )
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if bool(outside.any()):
+        raise DataError(
+            f"Expected labels from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} "
+            f"outputs, but got {int(labels[outside][0])}."
+        )
+    return labels.long()

@@ -1,0 +1,342 @@
+"""Kronecker-factored curvature of LoRA tensors: the streaming factors, and their algebra.
+
+Each tensor is brought to the shape (r, d), so its curvature is ``small (x) large``: an r x r
+factor that is always dense, and a d x d factor that is dense or low-rank (`laplace_llm.sketch`).
+`LoraKron` plays the part of `laplace.utils.Kron`, `LoraKronDecomposed` that of
+`laplace.utils.KronDecomposed`; neither ever holds a d x d matrix for a sketched side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_llm.adapters import LoraTensor
+from laplace_llm.errors import PriorError, StateError
+from laplace_llm.sketch import DenseMoment, Moment, SketchedMoment, Spectrum, new_moment
+
+
+@dataclass
+class FactorPair:
+    """Running sums for one tensor of shape (out, in).
+
+    The curvature is ``outputs (x) inputs / n_data``: `inputs` sums the second moments of the
+    inputs, `outputs` those of the output gradients.
+    """
+
+    outputs: Moment
+    inputs: Moment
+
+    @property
+    def trace(self) -> Tensor:
+        """Product of the factors' traces, a scalar that is finite only if both factors are."""
+        return self.outputs.trace * self.inputs.trace
+
+
+class LoraKron:
+    """Kronecker factors of all LoRA tensors, as sums over data.
+
+    Parameters
+    ----------
+    pairs : list[FactorPair]
+        One a tensor, in the order of the tensors.
+    sides : list[str]
+        'A' or 'B' of each tensor: which of the factors is the small one.
+    n_data : int
+        Number of examples summed so far.
+    """
+
+    def __init__(self, pairs: list[FactorPair], sides: list[str], n_data: int = 0) -> None:
+        self.pairs = pairs
+        self.sides = sides
+        self.n_data = n_data
+
+    @classmethod
+    def empty(
+        cls,
+        tensors: Sequence[LoraTensor],
+        rank: int | None,
+        dtype: torch.dtype,
+    ) -> LoraKron:
+        """Make factors that have seen no data; `rank` as in `laplace_llm.sketch.new_moment`."""
+        pairs = []
+        for tensor in tensors:
+            (out, in_), device = tensor.shape, tensor.weight.device
+            small_out = tensor.side == "A"
+            pairs.append(
+                FactorPair(
+                    outputs=new_moment(out, rank, dtype, device, small=small_out),
+                    inputs=new_moment(in_, rank, dtype, device, small=not small_out),
+                )
+            )
+        return cls(pairs, [tensor.side for tensor in tensors])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def merge(self, other: LoraKron) -> None:
+        """Add the factors and counts of another run over the same tensors, in place."""
+        for mine, theirs in zip(self.pairs, other.pairs, strict=True):
+            mine.outputs.merge(theirs.outputs)
+            mine.inputs.merge(theirs.inputs)
+        self.n_data += other.n_data
+
+    def decompose(self, damping: bool = False) -> LoraKronDecomposed:
+        """Eigendecompose all factors.
+
+        Parameters
+        ----------
+        damping : bool, default=False
+            Whether the prior precision is added to each factor (its square root) instead of to
+            their product.
+        """
+        blocks = []
+        for pair, side in zip(self.pairs, self.sides, strict=True):
+            outputs = pair.outputs.spectrum()
+            inputs = pair.inputs.spectrum().scaled(1 / max(self.n_data, 1))
+            small, large = (outputs, inputs) if side == "A" else (inputs, outputs)
+            blocks.append(Block(small, large, transposed=side == "B"))
+        return LoraKronDecomposed(blocks, damping=damping)
+
+    def state(self) -> dict[str, Any]:
+        """Return plain containers of tensors and numbers, for `torch.save`."""
+        pairs = [
+            {"outputs": _moment_state(p.outputs), "inputs": _moment_state(p.inputs)}
+            for p in self.pairs
+        ]
+        return {"pairs": pairs, "n_data": self.n_data}
+
+    def load(self, state: dict[str, Any]) -> LoraKron:
+        """Return new factors with the contents of `state`, checked against this one's shapes."""
+        if len(state["pairs"]) != len(self):
+            raise StateError(
+                f"Expected factors of {len(self)} LoRA tensors, but the state has "
+                f"{len(state['pairs'])}. Load it into a model with the same adapter."
+            )
+        pairs = [
+            FactorPair(
+                outputs=_moment_from_state(saved["outputs"], mine.outputs),
+                inputs=_moment_from_state(saved["inputs"], mine.inputs),
+            )
+            for saved, mine in zip(state["pairs"], self.pairs, strict=True)
+        ]
+        return LoraKron(pairs, self.sides, int(state["n_data"]))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Eigenpairs of one tensor's curvature, ``small (x) large`` on weights of shape (r, d)."""
+
+    small: Spectrum
+    large: Spectrum
+    transposed: bool
+
+    @property
+    def size(self) -> int:
+        """Number of weights r * d."""
+        return self.small.dim * self.large.dim
+
+    def scaled(self, small: Tensor | float, large: Tensor | float) -> Block:
+        """Return the block with its two factors multiplied."""
+        return Block(self.small.scaled(small), self.large.scaled(large), self.transposed)
+
+    def fold(self, weights: Tensor) -> Tensor:
+        """Turn (..., out * in) into (..., r, d)."""
+        r, d = self.small.dim, self.large.dim
+        if self.transposed:
+            return weights.unflatten(-1, (d, r)).mT
+        return weights.unflatten(-1, (r, d))
+
+    def unfold(self, weights: Tensor) -> Tensor:
+        """Turn (..., r, d) back into (..., out * in)."""
+        return (weights.mT if self.transposed else weights).flatten(-2)
+
+    def eigenvalues(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues (..., r, k) on the kept pairs and (..., r) on the complement.
+
+        Parameters
+        ----------
+        delta : Tensor
+            Prior precision of the block, of any shape (...).
+        damping : bool
+            See `LoraKron.decompose`.
+        """
+        b, a, rho = self.small.values, self.large.values, self.large.rest
+        delta = delta[..., None]
+        if damping:
+            root = delta.sqrt()
+            return (b + root)[..., :, None] * (a + root)[..., None, :], (b + root) * (rho + root)
+        return b[:, None] * a + delta[..., None], b * rho + delta
+
+
+class LoraKronDecomposed:
+    """Eigendecomposed Kronecker curvature plus a prior precision per tensor.
+
+    The low-rank algebra: with ``B = Q diag(b) Q^T`` (r x r), ``A = U diag(l) U^T + rho (I -
+    U U^T)`` and ``W' = Q^T W``, ``(B (x) A + delta)^e W = Q [((b l^T + delta)^e - (b rho +
+    delta)^e) * (W' U)] U^T + Q [(b rho + delta)^e * W']``.
+
+    Parameters
+    ----------
+    blocks : Sequence[Block]
+        Eigenpairs, one block a tensor.
+    deltas : Tensor, optional
+        Prior precision of each block, shape (L,); zeros by default.
+    damping : bool, default=False
+        See `LoraKron.decompose`; unlike in the parent, it survives `+` and `*`.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], deltas: Tensor | None = None, damping: bool = False
+    ) -> None:
+        self.blocks = list(blocks)
+        if deltas is None:
+            deltas = self.blocks[0].small.values.new_zeros(len(self.blocks))
+        self.deltas = deltas
+        self.damping = damping
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __add__(self, deltas: Tensor) -> LoraKronDecomposed:
+        """Add a prior precision, a scalar or one value a tensor."""
+        is_tensor = isinstance(deltas, Tensor)
+        if not is_tensor or deltas.ndim > 1 or deltas.numel() not in (1, len(self)):
+            raise PriorError(
+                f"Expected a prior precision with 1 or {len(self)} values, but got {deltas!r}."
+            )
+        return LoraKronDecomposed(self.blocks, self.deltas + deltas, self.damping)
+
+    def __mul__(self, scalar: Tensor | float) -> LoraKronDecomposed:
+        """Multiply the curvature (not the prior) by a scalar."""
+        root = torch.as_tensor(scalar).sqrt()
+        blocks = [block.scaled(root.to(block.small.values), root.to(block.small.values))
+                  for block in self.blocks]  # fmt: skip
+        return LoraKronDecomposed(blocks, self.deltas, self.damping)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def _spectra(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        for block, delta in zip(self.blocks, self.deltas, strict=True):
+            yield block, *block.eigenvalues(delta, self.damping)
+
+    def logdet(self) -> Tensor:
+        """Return the log determinant, differentiable in `deltas`."""
+        total = self.deltas.new_zeros(())
+        for block, kept, rest in self._spectra():
+            lost = block.large.dim - kept.shape[-1]
+            total = total + kept.log().sum() + (lost * rest.log().sum() if lost else 0)
+        return total
+
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        """Return ``self ** exponent`` times vectors W of shape (P,), (B, P) or (B, C, P)."""
+        parts = []
+        sizes = [block.size for block in self.blocks]
+        for part, (block, kept, rest) in zip(W.split(sizes, -1), self._spectra(), strict=True):
+            Q, U = block.small.vectors, block.large.vectors
+            rotated = Q.T @ block.fold(part)  # (..., r, d)
+            kept, rest = kept**exponent, rest[:, None] ** exponent
+            if kept.shape[-1] < block.large.dim:
+                out = ((kept - rest) * (rotated @ U)) @ U.T + rest * rotated
+            else:
+                out = (kept * (rotated @ U)) @ U.T
+            parts.append(block.unfold(Q @ out))
+        return torch.cat(parts, -1)
+
+    def inv_square_form(self, W: Tensor) -> Tensor:
+        """Return ``W P^-1 W^T`` of shape (B, C, C) for W of shape (B, C, P)."""
+        sizes = [block.size for block in self.blocks]
+        return self.variance(list(W.split(sizes, -1)))
+
+    def variance(self, jacobians: Sequence[Tensor]) -> Tensor:
+        """Return ``sum_l J_l P_l^-1 J_l^T`` of shape (B, C, C).
+
+        Parameters
+        ----------
+        jacobians : Sequence[Tensor]
+            One a tensor, (B, C, out * in).
+        """
+        return self._grid_variance(jacobians, self.deltas[None])[0]
+
+    def variance_grid(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Tensor:
+        """Return the output covariances (G, B, C, C) for G scalar values added to `deltas`.
+
+        The Jacobians are rotated into the eigenbasis once, so that a grid of values costs little
+        more than one value.
+        """
+        return self._grid_variance(jacobians, deltas[:, None] + self.deltas)
+
+    def _grid_variance(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for index, (block, jacobian) in enumerate(zip(self.blocks, jacobians, strict=True)):
+            kept, rest = block.eigenvalues(deltas[:, index], self.damping)  # (G, r, k), (G, r)
+            rotated = block.small.vectors.T @ block.fold(jacobian.to(kept.dtype))
+            inner = rotated @ block.large.vectors  # (B, C, r, k)
+            if kept.shape[-1] < block.large.dim:
+                gram = torch.einsum("bcrd,berd->bcer", rotated, rotated)
+                part = _pairs(inner, kept.reciprocal() - rest.reciprocal()[..., None])
+                part = part + torch.einsum("bcer,gr->gbce", gram, rest.reciprocal())
+            else:
+                part = _pairs(inner, kept.reciprocal())
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        """Return the diagonal of ``self ** exponent``, shape (P,)."""
+        parts = []
+        for block, kept, rest in self._spectra():
+            Q2, U2 = block.small.vectors.square(), block.large.vectors.square()
+            kept, rest = kept**exponent, rest[:, None] ** exponent
+            complement = 1 - U2.sum(1) if kept.shape[-1] < block.large.dim else 0 * U2.sum(1)
+            parts.append(block.unfold(Q2 @ (kept @ U2.T + rest * complement)))
+        return torch.cat(parts)
+
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        """Return the dense (P, P) matrix ``self ** exponent``; for tests on tiny models."""
+        size = sum(block.size for block in self.blocks)
+        return self.bmm(torch.eye(size).to(self.deltas), exponent)
+
+
+def _pairs(inner: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum_ij inner[b,c,i,j] weights[g,i,j] inner[b,e,i,j]`` of shape (G, B, C, C)."""
+    inner, weights = inner.flatten(-2), weights.flatten(-2)
+    if len(weights) == 1:
+        return ((inner * weights) @ inner.mT)[None]
+    c = inner.shape[1]
+    upper = torch.triu_indices(c, c, device=inner.device)
+    products = inner[:, upper[0]] * inner[:, upper[1]]  # (B, C (C + 1) / 2, r k)
+    values = torch.einsum("bpx,gx->gbp", products, weights)
+    out = values.new_empty(*values.shape[:2], c, c)
+    out[..., upper[0], upper[1]] = values
+    out[..., upper[1], upper[0]] = values
+    return out
+
+
+def _moment_state(moment: Moment) -> dict[str, Any]:
+    if isinstance(moment, DenseMoment):
+        return {"matrix": moment.matrix}
+    return {"sketch": moment.sketch, "trace": moment.trace, "rank": moment.rank}
+
+
+def _moment_from_state(state: dict[str, Any], like: Moment) -> Moment:
+    """Rebuild a moment on the device and dtype of `like`, which also gives the expected shape."""
+    if isinstance(like, DenseMoment):
+        expected, saved = like.matrix, state.get("matrix")
+    else:
+        expected, saved = like.sketch, state.get("sketch")
+    if saved is None or saved.shape != expected.shape:
+        came = "a factor of another kind" if saved is None else f"shape {tuple(saved.shape)}"
+        raise StateError(
+            f"Expected a Kronecker factor of shape {tuple(expected.shape)}, but the state has "
+            f"{came}. Load it with the same adapter and backend_kwargs (rank) as it was saved."
+        )
+    saved = saved.to(expected)
+    if isinstance(like, DenseMoment):
+        return DenseMoment(saved)
+    return SketchedMoment(saved, state["trace"].to(expected), int(state["rank"]))

@@ -1,0 +1,90 @@
+"""Moments of the linearised (GLM) predictive, without the (B, C, P) Jacobian of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from laplace_llm.curvature import StreamingInterface
+from laplace_llm.taps import Batch
+
+# Bytes that the Jacobians of one slice of a batch may take.
+JACOBIAN_BYTES = 256 * 2**20
+
+
+class Moments(NamedTuple):
+    """Mean (B, C) and covariance (B, C, C) of the latent outputs.
+
+    Over a grid of prior precisions, the covariance has shape (G, B, C, C).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def to(self, device: torch.device) -> Moments:
+        """Return the moments on another device (the parent's `validate` moves its inputs)."""
+        return Moments(self.mean.to(device), self.covariance.to(device))
+
+
+def glm_moments(
+    backend: StreamingInterface,
+    batch: Batch,
+    variance: Callable[[Sequence[Tensor]], Tensor],
+    n_outputs: int,
+    create_graph: bool = False,
+) -> Moments:
+    """Contract Jacobians with a posterior, tensor by tensor and slice by slice.
+
+    Parameters
+    ----------
+    backend : StreamingInterface
+        Computes the Jacobians: one forward and C backward passes a slice.
+    batch : Tensor or MutableMapping
+        Model inputs; every tensor has the batch as its first dimension.
+    variance : Callable
+        Maps one Jacobian a tensor, each (b, C, out * in), to covariances (..., b, C, C).
+    n_outputs : int
+        C, from which the size of a slice follows.
+    create_graph : bool, default=False
+        Whether the moments are to be differentiated with respect to the inputs.
+    """
+    weights = sum(tensor.weight.numel() for tensor in backend.tensors)
+    bytes_per_row = max(weights * n_outputs * backend.dtype.itemsize, 1)
+    means, covariances = [], []
+    for part in slices(batch, max(JACOBIAN_BYTES // bytes_per_row, 1)):
+        blocks, outputs = backend.jacobian_blocks(part, create_graph)
+        means.append(outputs)
+        covariances.append(variance(blocks))
+        del blocks
+    return Moments(torch.cat(means), torch.cat(covariances, -3))
+
+
+def slices(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Cut a batch into parts of at most `rows` examples; mappings stay mappings."""
+    size = batch_size(batch)
+    if size <= rows:
+        yield batch
+        return
+    for start in range(0, size, rows):
+        if isinstance(batch, Tensor):
+            yield batch[start : start + rows]
+        else:
+            yield {
+                key: value[start : start + rows] if _is_batched(value, size) else value
+                for key, value in batch.items()
+            }
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the length of the first dimension that the batch's tensors share."""
+    if isinstance(batch, MutableMapping):
+        key = "input_ids" if "input_ids" in batch else next(iter(batch))
+        return len(batch[key])
+    return len(batch)
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
