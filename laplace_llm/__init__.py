@@ -4,6 +4,7 @@ Importing this package registers ``subset_of_weights="lora"`` with `laplace.Lapl
 """
 
 from laplace_llm.collate import (
+    LETTERS,
     ChoiceScoringCollator,
     MultipleChoiceCollator,
     letter_prompt,
@@ -32,6 +33,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "SequenceClassificationHead",
     "MultipleChoiceCollator",
     "ChoiceScoringCollator",
+    "LETTERS",
     "letter_prompt",
     "question_prompt",
     # the parent's subnetwork Laplace

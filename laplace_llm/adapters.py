@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -38,7 +38,7 @@ class LoraTensor:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter itself, of shape (out, in)."""
-        return self.module.weight
+        return cast(nn.Parameter, self.module.weight)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -39,6 +39,7 @@ def labelled(
     empty = True
     for batch in tqdm(loader, desc=description, disable=not progress_bar):
         empty = False
+        x: Batch
         if isinstance(batch, MutableMapping):
             if key not in batch:
                 raise DataError(

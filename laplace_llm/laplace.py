@@ -135,6 +135,17 @@ class LoraLaplace(ParametricLaplace):
             return self.backend
         return StreamingGGN(self.model, self.backend.likelihood, adapter=self.adapter)
 
+    # The parent's attributes, declared for the type checker.
+    model: nn.Module
+    n_layers: int
+    n_params: int
+    n_data: int
+    n_outputs: int
+    loss: Tensor
+    mean: Tensor
+    _prior_precision: Tensor
+    _prior_mean: Tensor
+
     # What the parent asks for -------------------------------------------------------------------
 
     @property
@@ -160,7 +171,7 @@ class LoraLaplace(ParametricLaplace):
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
         prior.check_precision(value, self._prior_lengths)
-        super(LoraLaplace, type(self)).prior_precision.fset(self, value)  # type: ignore[attr-defined]
+        super(LoraLaplace, type(self)).prior_precision.fset(self, value)
 
     @property
     def _prior_lengths(self) -> list[int]:
@@ -174,7 +185,7 @@ class LoraLaplace(ParametricLaplace):
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
         try:
-            super(LoraLaplace, type(self)).prior_mean.fset(self, value)  # type: ignore[attr-defined]
+            super(LoraLaplace, type(self)).prior_mean.fset(self, value)
         except ValueError as error:
             raise PriorError(
                 f"Expected a prior mean that is a number or a tensor of {self.n_params} values, "
@@ -333,7 +344,7 @@ class LoraLaplace(ParametricLaplace):
 
     def __call__(
         self,
-        x: Batch,
+        x: Batch | Moments,
         pred_type: str = "glm",
         joint: bool = False,
         link_approx: str = "probit",
@@ -345,6 +356,7 @@ class LoraLaplace(ParametricLaplace):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch; the parent's arguments and results.
 
+        `x` may also be `Moments`, from `moments_grid`; the link is then all there is to do.
         Unlike in the parent, `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``.
 
         Raises

@@ -24,6 +24,10 @@ class Moments(NamedTuple):
     mean: Tensor
     covariance: Tensor
 
+    def at(self, index: int) -> Moments:
+        """Return the moments under one value of the grid."""
+        return Moments(self.mean, self.covariance[index])
+
     def to(self, device: torch.device) -> Moments:
         """Return the moments on another device (the parent's `validate` moves its inputs)."""
         return Moments(self.mean.to(device), self.covariance.to(device))

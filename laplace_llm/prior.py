@@ -91,7 +91,7 @@ def gridsearch(
                 loss.reset()
             data = val_loader
             if batches is not None:
-                data = [(Moments(m.mean, m.covariance[index]), y) for m, y in batches]
+                data = [(moments.at(index), y) for moments, y in batches]
             # The same random numbers for every value, so that their order is not left to chance.
             with la._borrowed(), torch.random.fork_rng():
                 result = validate(

@@ -63,4 +63,4 @@ def hosting_parent_backend(model: nn.Module, n_outputs: int) -> Iterator[None]:
             for name in set(vars(module)) - names:
                 delattr(module, name)
         if had is not None:
-            model.output_size = had  # type: ignore[assignment]
+            model.output_size = had

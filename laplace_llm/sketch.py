@@ -61,8 +61,9 @@ class DenseMoment:
         """Add ``rows^T rows`` for rows of shape (n, d)."""
         self.matrix += rows.T @ rows
 
-    def merge(self, other: DenseMoment) -> None:
+    def merge(self, other: Moment) -> None:
         """Add another moment of the same kind."""
+        assert isinstance(other, DenseMoment)
         self.matrix += other.matrix
 
     @property
@@ -99,8 +100,9 @@ class SketchedMoment:
         self.sketch += rows.T @ (rows @ self._omega)
         self._trace += rows.square().sum()
 
-    def merge(self, other: SketchedMoment) -> None:
+    def merge(self, other: Moment) -> None:
         """Add another moment of the same kind (and so the same test matrix)."""
+        assert isinstance(other, SketchedMoment)
         self.sketch += other.sketch
         self._trace += other._trace
 
