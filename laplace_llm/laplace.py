@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from laplace_llm import prior
 from laplace_llm._compat import (
+    AsdlInterface,
     CurvatureInterface,
     DiagLaplace,
+    EFInterface,
     FullLaplace,
     KronLaplace,
     ParametricLaplace,
@@ -626,6 +628,14 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
         return self._streaming.accumulate_diag(state, x, y)
 
     def _accumulate_parent(self, state: Tensor, x: Batch, y: Tensor) -> Tensor:
+        by_vmap = isinstance(self.backend, EFInterface) and not isinstance(
+            self.backend, AsdlInterface
+        )
+        if by_vmap and isinstance(x, MutableMapping):
+            raise OptionError(
+                f"{self._backend_cls.__name__} computes a diagonal with vmap, which cannot take "
+                "batches that are mappings. Use backend=StreamingEF."
+            )
         loss, diagonal = self.backend.diag(x, y, N=1, **self._asdl_fisher_kwargs)
         state += diagonal.to(state)
         return loss
