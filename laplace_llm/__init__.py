@@ -3,6 +3,8 @@
 Importing this package registers ``subset_of_weights="lora"`` with `laplace.Laplace`.
 """
 
+from laplace_llm.backends import StreamingEF, StreamingGGN
+from laplace_llm.causal_heads import ChoiceScoringHead, MultipleChoiceHead
 from laplace_llm.collate import (
     LETTERS,
     ChoiceScoringCollator,
@@ -10,10 +12,9 @@ from laplace_llm.collate import (
     letter_prompt,
     question_prompt,
 )
-from laplace_llm.curvature import StreamingEF, StreamingGGN
 from laplace_llm.errors import LaplaceLLMError
-from laplace_llm.heads import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
-from laplace_llm.laplace import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, Laplace
+from laplace_llm.heads import SequenceClassificationHead
+from laplace_llm.structures import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, Laplace
 from laplace_llm.subnet import LoraSubnetMask
 
 __version__ = "0.1.0"

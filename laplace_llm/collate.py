@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def letter_prompt(row: Row) -> str:
-    """Return the question, its choices behind letters, and "Answer:"."""
+    """Return the question, its choices behind letters, and "Answer:".
+
+    Raises
+    ------
+    DataError
+        If there are more choices than letters.
+    """
+    if len(row["choices"]) > len(LETTERS):
+        raise DataError(
+            f"Expected at most {len(LETTERS)} choices for letters, but got {len(row['choices'])}. "
+            "Use label words or ChoiceScoringHead."
+        )
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
     return "\n".join([f"Question: {row['question']}", *lines, "Answer:"])
 
@@ -144,17 +156,19 @@ def _pad(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> tupl
 
 
 def _labels(rows: Sequence[Row]) -> dict[str, Tensor]:
+    if not rows:
+        raise DataError("Expected at least one row, but got none.")
     for index, row in enumerate(rows):
         if "question" not in row or not row.get("choices"):
             raise DataError(
                 f"Expected rows with 'question' and 'choices', but row {index} has {sorted(row)}."
             )
         answer = row.get("answer", 0)
-        if not isinstance(answer, int) or not 0 <= answer < len(row["choices"]):
+        if not isinstance(answer, Integral) or not 0 <= int(answer) < len(row["choices"]):
             raise DataError(
                 f"Expected the answer to be an index into {len(row['choices'])} choices, but row "
                 f"{index} has {answer!r}."
             )
     if not all("answer" in row for row in rows):
         return {}
-    return {"labels": torch.tensor([row["answer"] for row in rows])}
+    return {"labels": torch.tensor([int(row["answer"]) for row in rows])}

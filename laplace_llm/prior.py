@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from laplace_llm._compat import validate
-from laplace_llm.data import labelled
-from laplace_llm.errors import OptionError, PriorError
-from laplace_llm.predictive import Moments
+from laplace_llm.data import check_labels, labelled, numbered
+from laplace_llm.errors import DataError, OptionError, PriorError
+from laplace_llm.moments import Moments
+from laplace_llm.taps import Batch
 
-if TYPE_CHECKING:
-    from laplace_llm.laplace import LoraLaplace
+
+class Tunable(Protocol):
+    """A posterior whose prior precision `gridsearch` can choose."""
+
+    prior_precision: Tensor
+    likelihood: str
+    dict_key_y: str
+    n_outputs: int
+
+    @property
+    def _device(self) -> torch.device: ...
+
+    def _borrowed(self) -> AbstractContextManager[None]: ...
+
+    def moments_grid(self, batch: Batch, values: Tensor) -> Moments:
+        """Return latent moments under G prior precisions."""
 
 
 def check_precision(value: Any, lengths: list[int]) -> None:
@@ -29,7 +47,7 @@ def check_precision(value: Any, lengths: list[int]) -> None:
         Allowed numbers of values.
     """
     expected = f"Expected a positive prior precision with {' or '.join(map(str, lengths))} value(s)"
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise PriorError(f"{expected}, but got a {type(value).__name__}. Pass a float or a tensor.")
     tensor = torch.as_tensor(value)
     if tensor.ndim > 1 or tensor.numel() not in lengths:
@@ -43,7 +61,7 @@ def check_precision(value: Any, lengths: list[int]) -> None:
 
 
 def gridsearch(
-    la: LoraLaplace,
+    la: Tunable,
     loss: Any,
     interval: Tensor,
     val_loader: Any,
@@ -80,8 +98,15 @@ def gridsearch(
     """
     if not callable(loss):
         raise OptionError(f"Expected loss to be a metric or a function, but got {loss!r}.")
-    batches = _moments(la, interval, val_loader, progress_bar) if pred_type == "glm" else None
+    if not len(interval):
+        raise OptionError("Expected grid_size >= 1, but the grid is empty.")
+    batches = None
+    if pred_type == "glm":
+        batches = _moments(la, interval, val_loader, progress_bar)
+    else:
+        _check_labels(la, val_loader)
     before, results = la.prior_precision, []
+    devices = [la._device] if la._device.type == "cuda" else []
     try:
         for index, value in enumerate(
             tqdm(interval, desc="[Grid search]", disable=not progress_bar)
@@ -93,7 +118,7 @@ def gridsearch(
             if batches is not None:
                 data = [(moments.at(index), y) for moments, y in batches]
             # The same random numbers for every value, so that their order is not left to chance.
-            with la._borrowed(), torch.random.fork_rng():
+            with la._borrowed(), torch.random.fork_rng(devices):
                 result = validate(
                     la,
                     data,
@@ -117,9 +142,30 @@ def gridsearch(
 
 
 def _moments(
-    la: LoraLaplace, interval: Tensor, loader: Any, progress_bar: bool
+    la: Tunable, interval: Tensor, loader: Any, progress_bar: bool
 ) -> list[tuple[Moments, Tensor]]:
     """Return the moments (G, B, C, C) and labels of every batch."""
-    description = "[Grid search: one pass]"
-    batches = labelled(loader, la.dict_key_y, la._device, description, progress_bar)
-    return [(la.moments_grid(x, interval), y) for x, y in batches]
+    results = []
+    for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
+        moments = la.moments_grid(x, interval)
+        results.append((moments, _checked(la, y, moments.mean, index)))
+    return results
+
+
+def _check_labels(la: Tunable, loader: Any) -> None:
+    """Check the labels of a loader that is to be passed over again for every value."""
+    for index, (_, y) in enumerate(_labelled(la, loader, False)):
+        if y.ndim == 0:
+            raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
+        _checked(la, y, y.new_zeros(len(y), la.n_outputs, dtype=torch.float32), index)
+
+
+def _labelled(la: Tunable, loader: Any, progress_bar: bool) -> Iterator[tuple[Batch, Tensor]]:
+    return labelled(loader, la.dict_key_y, la._device, "[Grid search: one pass]", progress_bar)
+
+
+def _checked(la: Tunable, labels: Tensor, outputs: Tensor, index: int) -> Tensor:
+    try:
+        return check_labels(labels, outputs, la.likelihood == "regression")
+    except DataError as error:
+        raise numbered(error, index) from error

@@ -49,16 +49,29 @@ def borrowed(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[No
 def hosting_parent_backend(model: nn.Module, n_outputs: int) -> Iterator[None]:
     """Give a parent's backend what it expects, and take off what it leaves on the modules.
 
-    ASDL reads ``model.output_size`` and leaves ``fisher`` attributes behind. Curvlinops uses
-    forward-mode differentiation, which fused attention kernels do not implement.
+    ASDL reads ``model.output_size`` and leaves ``fisher`` attributes and marks of its hooks behind;
+    an error inside curvlinops leaves hooks. Curvlinops uses forward-mode differentiation, which
+    fused attention kernels do not implement.
     """
     attributes = [(module, set(vars(module))) for module in model.modules()]
+    hooks = [
+        (vars(module), key, type(value)(value) if key.endswith("_hooks") else value)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key.endswith("_hooks") or key == "_is_full_backward_hook"
+    ]
     had = getattr(model, "output_size", None)
     try:
         model.output_size = n_outputs  # type: ignore[assignment]
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        for owner, key, value in hooks:
+            if key.endswith("_hooks"):
+                for handle in set(owner[key]) - set(value):
+                    del owner[key][handle]
+            else:
+                owner[key] = value
         for module, names in attributes:
             for name in set(vars(module)) - names:
                 delattr(module, name)

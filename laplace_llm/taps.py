@@ -97,7 +97,9 @@ class Taps:
         return None
 
 
-def forward(model: nn.Module, tensors: Sequence[LoraTensor], batch: Batch) -> Taps:
+def forward(
+    model: nn.Module, tensors: Sequence[LoraTensor], batch: Batch, create_graph: bool = False
+) -> Taps:
     """Run the model on a batch and keep what `Taps` needs.
 
     Parameters
@@ -108,6 +110,8 @@ def forward(model: nn.Module, tensors: Sequence[LoraTensor], batch: Batch) -> Ta
         The tensors to tap. They must require gradients.
     batch : Tensor or MutableMapping
         A mapping's ``attention_mask`` tells real tokens from padding.
+    create_graph : bool, default=False
+        Whether the inputs keep their graph too, for derivatives of the result.
 
     Raises
     ------
@@ -128,7 +132,7 @@ def forward(model: nn.Module, tensors: Sequence[LoraTensor], batch: Batch) -> Ta
             )
     check_logits(logits)
     attention_mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
-    inputs = [fired[0][0].detach() for fired in calls]
+    inputs = [fired[0][0] if create_graph else fired[0][0].detach() for fired in calls]
     outputs = [fired[0][1] for fired in calls]
     taps = Taps(tensors, logits, inputs, outputs, attention_mask)
     if not bool(logits.isfinite().all()):

@@ -1,0 +1,292 @@
+"""Heads on causal language models: letters, label words, and scored choices."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import MutableMapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from laplace_llm.collate import continuation
+from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
+from laplace_llm.heads import at_least_float32, unwrap
+
+
+class CausalHead(nn.Module):
+    """What the heads on causal language models share: the backbone, without its vocabulary.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        causal = self._causal
+        if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
+            raise OptionError(
+                f"Expected a Hugging Face causal language model, but got {type(causal).__name__}. "
+                "Use SequenceClassificationHead for classifiers."
+            )
+        backbone = inspect.signature(causal.base_model.forward).parameters
+        self._takes_positions = "position_ids" in backbone
+
+    @property
+    def _causal(self) -> Any:
+        return unwrap(self.model)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._causal.get_input_embeddings().weight.device
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states (R, T, d).
+
+        Position ids come from the mask, so that padding on the left moves no token.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._takes_positions:
+            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        return self._causal.base_model(**inputs, use_cache=False, return_dict=True)[0]
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """Apply what some architectures do to logits after the vocabulary matrix."""
+        config = self._causal.config.get_text_config()
+        if getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * config.logit_scale
+        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            cap = config.final_logit_softcapping
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+
+class MultipleChoiceHead(CausalHead):
+    """Logits of the choices' tokens after each prompt: "... Answer:" -> " A", " B", ...
+
+    Only the last real token's hidden state and the choices' vocabulary rows are used. Those rows
+    are a frozen float32 (or better) copy made at construction, `choice_layer`; it is the last layer
+    of the head, so the parent's ``subset_of_weights="last_layer"`` works. Where lm_head is not a
+    plain linear layer (it carries an adapter, or PEFT trains it through ``modules_to_save``),
+    there is no copy and its full output is used.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+    choice_token_ids : Sequence[int]
+        One token for each of the C choices.
+
+    Raises
+    ------
+    OptionError
+        If the model is not a causal language model, or the tokens are not distinct token ids.
+    """
+
+    def __init__(self, model: nn.Module, choice_token_ids: Sequence[int]) -> None:
+        super().__init__(model)
+        lm_head = self._causal.get_output_embeddings()
+        self.choice_token_ids = _check_token_ids(choice_token_ids, self._causal)
+        self.choice_layer = None
+        if type(lm_head) is nn.Linear:
+            self.choice_layer = _ChoiceLayer.rows_of(lm_head, self.choice_token_ids)
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        choices: Sequence[str] = ("A", "B", "C", "D"),
+    ) -> MultipleChoiceHead:
+        """Make a head for choices given as text.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            As for the class.
+        tokenizer : PreTrainedTokenizerBase
+            The model's tokenizer.
+        choices : Sequence[str], default=('A', 'B', 'C', 'D')
+            Letters or label words. Each stands for the first token of " " + choice after a
+            prompt's "Answer:".
+
+        Raises
+        ------
+        OptionError
+            If two choices begin with the same token.
+        """
+        ids = [continuation(tokenizer, "Answer:", " " + choice.strip())[0] for choice in choices]
+        if len(set(ids)) != len(ids):
+            raise OptionError(
+                f"Expected choices that begin with different tokens, but {list(choices)} begin "
+                f"with {ids}. Use other words, letters, or ChoiceScoringHead."
+            )
+        return cls(model, ids)
+
+    def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
+        """Return the choices' logits (B, C).
+
+        Parameters
+        ----------
+        batch : MutableMapping
+            ``input_ids`` (B, T) and optionally ``attention_mask`` (B, T), padded on either side.
+
+        Raises
+        ------
+        DataError
+            If a row has no real token, or the inputs are missing or not (B, T).
+        """
+        ids, mask = _ids_and_mask(batch, 2, self._device)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        last = (mask * (positions + 1)).amax(1) - 1
+        if bool((last < 0).any()):
+            raise DataError("Expected at least one real token in every row, but a mask is all 0.")
+        features = self._hidden(ids, mask)[torch.arange(len(ids), device=ids.device), last]
+        if self.choice_layer is not None:
+            weight = self.choice_layer.weight
+            logits = self.choice_layer(features.to(weight.device, weight.dtype))
+        else:
+            logits = self._causal.get_output_embeddings()(features)[:, self.choice_token_ids]
+        return self._finish(at_least_float32(logits))
+
+
+class ChoiceScoringHead(CausalHead):
+    """Log-probability of each choice's own tokens after the question.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+    normalization : {'sum', 'mean'}, default='sum'
+        Whether a choice's token log-probabilities are added or averaged.
+
+    Raises
+    ------
+    OptionError
+        If the model is not a causal language model, or `normalization` is unknown.
+    UnsupportedLayerError
+        If lm_head carries an adapter.
+    """
+
+    def __init__(self, model: nn.Module, normalization: Literal["sum", "mean"] = "sum") -> None:
+        super().__init__(model)
+        if normalization not in ("sum", "mean"):
+            raise OptionError(f"Expected normalization='sum' or 'mean', but got {normalization!r}.")
+        if isinstance(self._causal.get_output_embeddings(), LoraLayer):
+            raise UnsupportedLayerError(
+                "ChoiceScoringHead does not support an adapter on lm_head yet. Leave lm_head out "
+                "of LoraConfig(target_modules=...), or use MultipleChoiceHead."
+            )
+        self.normalization = normalization
+
+    def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
+        """Return the choices' scores (B, C) in float32 or better.
+
+        Parameters
+        ----------
+        batch : MutableMapping
+            ``input_ids``, ``attention_mask`` and ``choice_mask`` of shape (B, C, T); the last
+            marks the tokens of the choice itself.
+
+        Raises
+        ------
+        DataError
+            If an input is missing, not (B, C, T), or a choice has no token to score.
+        """
+        ids, mask = _ids_and_mask(batch, 3, self._device)
+        chosen = _entry(batch, "choice_mask", 3, self._device).bool()
+        _check_same_shape("choice_mask", chosen, ids)
+        chosen = chosen & mask.bool()
+        n_rows = ids.shape[:2]
+        ids, mask, chosen = ids.flatten(0, 1), mask.flatten(0, 1), chosen.flatten(0, 1)
+        # A token is predicted from the one before it, which must be real.
+        scored = chosen[:, 1:] & mask[:, :-1].bool()
+        counts = scored.sum(1)
+        if bool((counts == 0).any() | (counts != chosen.sum(1)).any()):
+            raise DataError(
+                "Expected every choice to have at least one token, and a real token before each, "
+                "but a choice_mask is empty or begins at the first token of its row."
+            )
+        row, position = scored.nonzero(as_tuple=True)
+        features = self._hidden(ids, mask)[row, position]
+        logits = self._finish(at_least_float32(self._causal.get_output_embeddings()(features)))
+        log_probs = -F.cross_entropy(
+            logits, ids[row, position + 1].to(logits.device), reduction="none"
+        )
+        scores = log_probs.new_zeros(len(ids)).index_add(0, row.to(logits.device), log_probs)
+        if self.normalization == "mean":
+            scores = scores / counts.to(scores)
+        return scores.view(n_rows)
+
+
+class _ChoiceLayer(nn.Linear):
+    """The choice tokens' rows of lm_head.
+
+    Frozen, because PEFT would not save it with the adapter. A deep copy requires gradients: the
+    parent's last-layer classes work on a deep copy and take its parameters by that flag.
+    """
+
+    @classmethod
+    def rows_of(cls, lm_head: nn.Linear, rows: Sequence[int]) -> _ChoiceLayer:
+        weight = at_least_float32(lm_head.weight.detach()[list(rows)].clone())
+        with_bias = lm_head.bias is not None
+        layer = cls(weight.shape[1], weight.shape[0], with_bias, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if with_bias:
+            bias = at_least_float32(lm_head.bias.detach()[list(rows)].clone())
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ChoiceLayer:
+        copy = self.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return copy.requires_grad_(True)
+
+
+def _check_token_ids(ids: Sequence[int], causal: PreTrainedModel) -> list[int]:
+    size = causal.get_output_embeddings().weight.shape[0]
+    values = [int(i) for i in ids]
+    if not values or len(set(values)) != len(values) or not all(0 <= i < size for i in values):
+        raise OptionError(
+            f"Expected distinct token ids between 0 and {size - 1}, but got {values}."
+        )
+    return values
+
+
+def _entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.device) -> Tensor:
+    """Return one entry of the batch on the device, or say what is wrong with it."""
+    shape = "(B, T)" if ndim == 2 else "(B, C, T)"
+    value = batch[key] if isinstance(batch, MutableMapping) and key in batch else None
+    if not isinstance(value, Tensor) or value.ndim != ndim:
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+        raise DataError(f"Expected batch[{key!r}] to be a tensor of shape {shape}, but got {came}.")
+    return value.to(device)
+
+
+def _ids_and_mask(
+    batch: MutableMapping[str, Any], ndim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    ids = _entry(batch, "input_ids", ndim, device)
+    if "attention_mask" not in batch:
+        return ids, torch.ones_like(ids)
+    mask = _entry(batch, "attention_mask", ndim, device).long()
+    _check_same_shape("attention_mask", mask, ids)
+    return ids, mask
+
+
+def _check_same_shape(key: str, values: Tensor, ids: Tensor) -> None:
+    if values.shape != ids.shape:
+        raise DataError(
+            f"Expected batch[{key!r}] to have the shape of input_ids, {tuple(ids.shape)}, but got "
+            f"{tuple(values.shape)}."
+        )

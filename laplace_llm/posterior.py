@@ -1,0 +1,210 @@
+"""What a posterior over LoRA weights is to the parent: its parameters, device, dtype and prior."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_llm import prior
+from laplace_llm._compat import CurvatureInterface, ParametricLaplace
+from laplace_llm.adapters import find_lora_tensors, lora_dtype, resolve_adapter
+from laplace_llm.backends import StreamingGGN
+from laplace_llm.curvature import BatchSummary, StreamingInterface
+from laplace_llm.errors import NotFittedError, PriorError
+from laplace_llm.heads import as_classifier
+from laplace_llm.session import borrowed
+from laplace_llm.taps import Batch
+
+
+class LoraPosterior(ParametricLaplace):
+    """What the ``"lora"`` structures share; abstract, and not registered with the parent.
+
+    Differences to the parent, which are deliberate:
+
+    - the parameters are one adapter's LoRA tensors, whatever ``requires_grad`` says;
+    - everything is kept in the adapters' precision or float32, whichever is better, however low
+      the base model's precision;
+    - the number of data is counted from the batches, so the loader needs no length;
+    - `fit`, tuning and prediction leave the model as it was, also after an exception;
+    - the GLM predictive contracts layer by layer and never holds the (B, C, P) Jacobian;
+    - a grid search resets its metric for every value, and makes one pass over the data.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Maps one batch to (B, C) logits: one of this package's heads, a PeftModel around a
+        Hugging Face classifier (whose ``.logits`` are taken), or any module of yours with PEFT
+        LoRA layers inside.
+    likelihood : {'classification', 'regression', 'reward_modeling'}, default='classification'
+        As in the parent.
+    sigma_noise, prior_precision, prior_mean, temperature, enable_backprop
+        As in the parent.
+    dict_key_x, dict_key_y : str
+        As in the parent.
+    backend : type[CurvatureInterface], optional
+        Default: `StreamingGGN`. The parent's `CurvlinopsGGN`, `CurvlinopsEF` and `AsdlGGN` work
+        too; prediction does not depend on it.
+    backend_kwargs : dict, optional
+        See `StreamingInterface` and `StreamingGGN`.
+    asdl_fisher_kwargs : dict, optional
+        As in the parent.
+    adapter : str, optional
+        The adapter to put the posterior over; default: the active one.
+
+    Raises
+    ------
+    AdapterError
+        If the model has no such LoRA tensors, or the adapter is inactive, merged or disabled.
+    OptionError
+        If an option has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str = "classification",
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        adapter: str | None = None,
+        **structure_kwargs: Any,
+    ) -> None:
+        self.adapter = resolve_adapter(model, adapter)
+        model = as_classifier(model)
+        self.tensors = find_lora_tensors(model, self.adapter)
+        backend = StreamingGGN if backend is None else backend
+        backend_kwargs = dict(backend_kwargs or {})
+        if issubclass(backend, StreamingInterface):
+            backend_kwargs["adapter"] = self.adapter
+        with borrowed(model, [tensor.weight for tensor in self.tensors]):
+            super().__init__(
+                model,
+                likelihood,
+                sigma_noise,
+                prior_precision,
+                prior_mean,
+                temperature,
+                enable_backprop,
+                dict_key_x,
+                dict_key_y,
+                backend,
+                backend_kwargs=backend_kwargs,
+                **structure_kwargs,
+            )
+            self._streaming = self._build_streaming()
+        self._asdl_fisher_kwargs = dict(asdl_fisher_kwargs or {})
+
+    def _build_streaming(self) -> StreamingInterface:
+        """Build the backend now, so that a wrong option is an error at construction.
+
+        The parent's backends know nothing of LoRA tensors; Jacobians then come from a backend of
+        ours beside them.
+        """
+        if isinstance(self.backend, StreamingInterface):
+            return self.backend
+        return StreamingGGN(self.model, self.backend.likelihood, adapter=self.adapter)
+
+    # The parent's attributes, declared for the type checker.
+    model: nn.Module
+    likelihood: str
+    n_layers: int
+    n_params: int
+    n_data: int
+    n_outputs: int
+    loss: Tensor
+    mean: Tensor
+    _prior_precision: Tensor
+    _prior_mean: Tensor
+
+    # What the parent asks for -------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tensors[0].weight.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return lora_dtype(self.tensors)
+
+    def _init_H(self) -> None:
+        self.H: Any = None
+
+    def _check_H_init(self) -> None:
+        if self.H is None:
+            raise NotFittedError("There is no posterior yet. Run fit() first.")
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Prior precision, (1,), one value a LoRA tensor, or (except for kron) one a weight."""
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        prior.check_precision(value, self._prior_lengths)
+        super(LoraPosterior, type(self)).prior_precision.fset(self, value)
+
+    @property
+    def _prior_lengths(self) -> list[int]:
+        return [1, self.n_layers, self.n_params]
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Prior mean, a scalar or (P,)."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        try:
+            super(LoraPosterior, type(self)).prior_mean.fset(self, value)
+        except ValueError as error:
+            raise PriorError(
+                f"Expected a prior mean that is a number or a tensor of {self.n_params} values, "
+                f"but got {value!r}."
+            ) from error
+
+    # What a structure adds ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _empty_curvature(self) -> Any:
+        """Return running sums that have seen no data."""
+
+    @abstractmethod
+    def _accumulate(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch to the running sums with a streaming backend."""
+
+    @abstractmethod
+    def _accumulate_parent(self, state: Any, x: Batch, y: Tensor) -> Tensor:
+        """Add a batch with one of the parent's backends; return its loss."""
+
+    @abstractmethod
+    def _set_curvature(self, state: Any, merge: bool) -> None:
+        """Make the posterior from running sums, adding to the present ones if `merge`."""
+
+    @abstractmethod
+    def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
+        """Return output covariances (B, C, C) from one Jacobian (B, C, out * in) a tensor."""
+
+    def _variance_grid(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
+        """Return (G, B, C, C): `_variance` for each of G scalar prior precisions."""
+        covariances = []
+        for value in values:
+            self.prior_precision = value
+            covariances.append(self._variance(jacobians))
+        return torch.stack(covariances)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        with borrowed(self.model, [tensor.weight for tensor in self.tensors]):
+            yield

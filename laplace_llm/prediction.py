@@ -1,0 +1,186 @@
+"""Prediction: the linearised (GLM) and sampled (`nn`) predictives of a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from laplace_llm.errors import OptionError
+from laplace_llm.moments import Moments, glm_moments
+from laplace_llm.posterior import LoraPosterior
+from laplace_llm.taps import Batch, check_logits
+
+
+class LoraPredictive(LoraPosterior):
+    """A posterior over LoRA weights that answers the parent's prediction calls."""
+
+    def moments_grid(self, batch: Batch, values: Tensor) -> Moments:
+        """Return the latent moments of a batch under G scalar prior precisions, in one pass.
+
+        Parameters
+        ----------
+        batch : Tensor or MutableMapping
+            Model inputs.
+        values : Tensor
+            (G,) prior precisions.
+
+        Returns
+        -------
+        moments : Moments
+            Mean (B, C) and covariances (G, B, C, C).
+        """
+        self._check_H_init()
+        before, values = self._prior_precision, values.to(self._device, self._dtype)
+        try:
+            with self._borrowed():
+                moments = glm_moments(
+                    self._streaming, batch, lambda j: self._variance_grid(j, values), self.n_outputs
+                )
+        finally:
+            self.prior_precision = before
+        return Moments(moments.mean, moments.covariance.detach())
+
+    def __call__(
+        self,
+        x: Batch | Moments,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the posterior predictive of a batch; the parent's arguments and results.
+
+        `x` may also be `Moments`, from `moments_grid`; the link is then all there is to do.
+        Unlike in the parent, `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``.
+
+        Raises
+        ------
+        NotFittedError
+            Before `fit`.
+        ValueError
+            As in the parent.
+        """
+        self._check_H_init()
+        if n_samples < 1:
+            raise OptionError(f"Expected n_samples >= 1, but got {n_samples}.")
+        if generator is not None:
+            self._check_generator(generator)
+        if pred_type == "nn" and isinstance(x, Moments):
+            raise OptionError("Expected a batch for pred_type='nn', but got Moments.")
+        if generator is not None and link_approx == "mc":
+            # The parent checks the generator and then draws without it.
+            classes = self._predicts_classes(fitting)
+            if pred_type == "glm" and classes:
+                samples = self.predictive_samples(x, "glm", n_samples, diagonal_output, generator)
+                return samples.mean(0)
+            if pred_type == "nn" and not isinstance(x, Moments):
+                samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
+                if classes:
+                    return samples.softmax(-1).mean(0)
+                return samples.mean(0), samples.var(0)
+        return super().__call__(
+            x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,
+            **model_kwargs,
+        )  # fmt: skip
+
+    def _check_generator(self, generator: Any) -> None:
+        if not isinstance(generator, torch.Generator) or generator.device != self._device:
+            raise OptionError(
+                f"Expected generator to be a torch.Generator on {self._device}, but got "
+                f"{generator!r}."
+            )
+
+    def _predicts_classes(self, fitting: bool) -> bool:
+        return self.likelihood == "classification" or (
+            self.likelihood == "reward_modeling" and fitting
+        )
+
+    def _glm_predictive_distribution(
+        self, X: Batch | Moments, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(X, Moments):  # already computed; cloned, as the bridge links write into them
+            return X.mean.clone(), X.covariance.clone()
+        self._check_H_init()
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        with self._borrowed():
+            if joint:
+                blocks, outputs = self._streaming.jacobian_blocks(X, self.enable_backprop)
+                mean = outputs.flatten()
+                covariance = self._variance([j.flatten(0, 1)[None] for j in blocks])[0]
+            else:
+                mean, covariance = glm_moments(
+                    self._streaming, X, self._variance, self.n_outputs, self.enable_backprop
+                )
+        if diagonal_output and not joint:
+            covariance = covariance.diagonal(dim1=-2, dim2=-1)
+        return (mean, covariance) if self.enable_backprop else (mean.detach(), covariance.detach())
+
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        try:
+            return super()._glm_functional_samples(
+                f_mu, f_var, n_samples, diagonal_output, generator
+            )
+        except torch.linalg.LinAlgError:
+            # Outputs that move together have a singular covariance, which has no Cholesky factor
+            # but a symmetric root all the same.
+            values, vectors = torch.linalg.eigh(f_var.double())
+            root = (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(f_mu.dtype)
+            noise = torch.randn(
+                f_mu.shape[1], n_samples, dtype=f_mu.dtype, device=f_mu.device, generator=generator
+            )
+            return (f_mu[..., None] + root @ noise).permute(2, 0, 1)
+
+    def _sampled_outputs(
+        self, X: Batch, n_samples: int, generator: torch.Generator | None, **model_kwargs: Any
+    ) -> Iterator[Tensor]:
+        """Yield the model's outputs (B, C) under weights drawn one sample at a time.
+
+        `functional_call` swaps the weights, so the model's own are never written to.
+        """
+        self._check_H_init()
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        sizes = [tensor.weight.numel() for tensor in self.tensors]
+        for _ in range(n_samples):
+            parts = self.sample(1, generator)[0].split(sizes)
+            weights = {
+                tensor.name: part.view(tensor.shape).to(tensor.weight.dtype)
+                for tensor, part in zip(self.tensors, parts, strict=True)
+            }
+            with self._borrowed(), torch.set_grad_enabled(self.enable_backprop):
+                outputs = functional_call(self.model, weights, (X,), model_kwargs)
+            check_logits(outputs)
+            yield outputs.to(self._dtype)
+
+    def _nn_functional_samples(
+        self,
+        X: Batch,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        return torch.stack(list(self._sampled_outputs(X, n_samples, generator, **model_kwargs)))
+
+    def _nn_predictive_classification(
+        self,
+        X: Batch,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        samples = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
+        return sum(torch.softmax(logits, -1) for logits in samples) / n_samples  # type: ignore[return-value]
