@@ -1,0 +1,453 @@
+"""Tiny random models and batches, and brute-force oracles, shared by all tests."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from laplace_llm import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
+
+VOCABULARY = 50
+HIDDEN = 16
+CHOICE_TOKENS = (11, 23, 37, 41, 5)
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+def tiny_llama(
+    dtype: torch.dtype = torch.float64,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = 3,
+    seed: int = 0,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    """Return a causal LM with rotary positions and grouped-query attention."""
+
+    def build() -> nn.Module:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            pad_token_id=0,
+        )
+        return _with_exact_norms(LlamaForCausalLM(config))
+
+    return _with_lora(
+        build, dtype, targets, rank, seed, task_type=TaskType.CAUSAL_LM, **lora_kwargs
+    )
+
+
+def tiny_gpt2(
+    dtype: torch.dtype = torch.float64,
+    targets: Sequence[str] = ("c_attn",),
+    rank: int = 3,
+    seed: int = 0,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    """Return a causal LM with absolute positions whose LoRA sits on a Conv1D."""
+
+    def build() -> nn.Module:
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=HIDDEN,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        return GPT2LMHeadModel(config)
+
+    lora_kwargs = {"fan_in_fan_out": True, "task_type": TaskType.CAUSAL_LM, **lora_kwargs}
+    return _with_lora(build, dtype, targets, rank, seed, **lora_kwargs)
+
+
+def tiny_opt(
+    dtype: torch.dtype = torch.float64,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rank: int = 3,
+    seed: int = 0,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    """Return a causal LM with learned, offset positions."""
+
+    def build() -> nn.Module:
+        config = OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            init_std=0.3,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        return OPTForCausalLM(config)
+
+    return _with_lora(
+        build, dtype, targets, rank, seed, task_type=TaskType.CAUSAL_LM, **lora_kwargs
+    )
+
+
+def tiny_bert_classifier(
+    dtype: torch.dtype = torch.float64,
+    targets: Sequence[str] = ("query", "value"),
+    rank: int = 3,
+    seed: int = 0,
+    classes: int = 3,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    """Return a sequence classifier; PEFT keeps a trainable copy of its classification layer."""
+
+    def build() -> nn.Module:
+        config = BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            num_labels=classes,
+            initializer_range=0.3,
+            pad_token_id=0,
+        )
+        return BertForSequenceClassification(config)
+
+    return _with_lora(build, dtype, targets, rank, seed, task_type=TaskType.SEQ_CLS, **lora_kwargs)
+
+
+class MLP(nn.Module):
+    """Two linear layers on float features; no Hugging Face model."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.second = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def tiny_mlp(
+    dtype: torch.dtype = torch.float64,
+    targets: Sequence[str] = ("first", "second"),
+    rank: int = 2,
+    seed: int = 0,
+    inputs: int = 4,
+    hidden: int = 6,
+    outputs: int = 3,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    """Return a model on (B, inputs) tensors, for ``(X, y)`` loaders and regression."""
+    return _with_lora(
+        lambda: MLP(inputs, hidden, outputs), dtype, targets, rank, seed, **lora_kwargs
+    )
+
+
+def _with_lora(
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    targets: Sequence[str],
+    rank: int,
+    seed: int,
+    **lora_kwargs: Any,
+) -> PeftModel:
+    kwargs = {"lora_alpha": 2 * rank, "lora_dropout": 0.0, "init_lora_weights": False}
+    kwargs.update(lora_kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=list(targets), **kwargs))
+    return model.to(dtype).eval()
+
+
+def _with_exact_norms(model: nn.Module) -> nn.Module:
+    """Replace Llama's norms, which round to float32 whatever the model's precision."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LlamaRMSNorm):
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                setattr(module, name, norm)
+    return model
+
+
+# Heads --------------------------------------------------------------------------------------------
+
+
+def letter_head(model: nn.Module | None = None, classes: int = 3, **kwargs: Any):
+    """Return a MultipleChoiceHead over `model`, or over ``tiny_llama(**kwargs)``."""
+    model = tiny_llama(**kwargs) if model is None else model
+    return MultipleChoiceHead(model, CHOICE_TOKENS[:classes])
+
+
+def scoring_head(model: nn.Module | None = None, normalization: str = "sum", **kwargs: Any):
+    """Return a ChoiceScoringHead over `model`, or over ``tiny_llama(**kwargs)``."""
+    model = tiny_llama(**kwargs) if model is None else model
+    return ChoiceScoringHead(model, normalization)
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def letter_batch(
+    n: int,
+    length: int = 8,
+    seed: int = 0,
+    pad: str | None = "right",
+    classes: int = 3,
+    extra: int = 0,
+) -> dict[str, Tensor]:
+    """Return n prompts of up to `length` tokens, with labels.
+
+    The tokens depend on the seed alone: `pad` 'right' and 'left' place the same prompts, of
+    different lengths, on either side, and `extra` adds columns of padding. With ``pad=None`` all
+    prompts have `length` tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    rows = _rows(n, length, generator, ragged=pad is not None)
+    ids, mask = _pad(rows, length + extra, pad)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def choice_batch(
+    n: int,
+    choices: int = 3,
+    length: int = 8,
+    seed: int = 0,
+    pad: str | None = "right",
+    extra: int = 0,
+) -> dict[str, Tensor]:
+    """Return n questions with one sequence a choice, (n, choices, T), as `letter_batch` does.
+
+    The choice is the last one to three tokens of its sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(choices, (n,), generator=generator)
+    sizes = torch.randint(1, 4, (n * choices,), generator=generator)
+    rows = _rows(n * choices, length, generator, ragged=pad is not None)
+    ids, mask = _pad(rows, length + extra, pad)
+    chosen = [
+        torch.arange(len(row)) >= len(row) - size for row, size in zip(rows, sizes, strict=True)
+    ]
+    chosen_mask, _ = _pad([c.long() for c in chosen], length + extra, pad)
+    shape = (n, choices, length + extra)
+    return {
+        "input_ids": ids.view(shape),
+        "attention_mask": mask.view(shape),
+        "choice_mask": chosen_mask.bool().view(shape),
+        "labels": labels,
+    }
+
+
+def mlp_batch(
+    n: int, seed: int = 0, inputs: int = 4, outputs: int = 3, regression: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return float64 features and labels, or targets (n, outputs) for regression."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, inputs, generator=generator, dtype=torch.float64)
+    if regression:
+        return x, torch.randn(n, outputs, generator=generator, dtype=torch.float64)
+    return x, torch.randint(outputs, (n,), generator=generator)
+
+
+def _rows(n: int, length: int, generator: torch.Generator, ragged: bool) -> list[Tensor]:
+    """Draw token sequences of 4 to `length` tokens; the first one has full length."""
+    lengths = torch.randint(4, length + 1, (n,), generator=generator)
+    lengths[0] = length
+    tokens = torch.randint(1, VOCABULARY, (n, length), generator=generator)
+    return [row[: int(k)] if ragged else row for row, k in zip(tokens, lengths, strict=True)]
+
+
+def _pad(rows: list[Tensor], width: int, side: str | None) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+Labelled = MutableMapping[str, Tensor] | tuple[Tensor, Tensor]
+
+
+def inputs_of(batch: Labelled) -> Any:
+    """Return what the model is called with."""
+    return batch if isinstance(batch, MutableMapping) else batch[0]
+
+
+def labels_of(batch: Labelled) -> Tensor:
+    return batch["labels"] if isinstance(batch, MutableMapping) else batch[1]
+
+
+def select(batch: Labelled, index: Any) -> Labelled:
+    """Return the examples of a batch that `index` (a slice or a list) chooses."""
+    if isinstance(batch, MutableMapping):
+        return {key: value[index] for key, value in batch.items()}
+    return tuple(value[index] for value in batch)
+
+
+def chunks(batch: Labelled, size: int) -> list[Labelled]:
+    """Cut a batch into parts of at most `size` examples."""
+    n = len(labels_of(batch))
+    return [select(batch, slice(start, start + size)) for start in range(0, n, size)]
+
+
+# What the contract suite runs over ----------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """A model and how to make labelled batches for it: ``make_batch(n, seed)``."""
+
+    model: nn.Module
+    make_batch: Callable[..., Labelled]
+
+
+HEADS: dict[str, Callable[[], Setup]] = {
+    "letters": lambda: Setup(letter_head(), lambda n, seed=0: letter_batch(n, seed=seed)),
+    "scored": lambda: Setup(
+        scoring_head(tiny_llama(targets=("v_proj",))),
+        lambda n, seed=0: choice_batch(n, 3, seed=seed, pad="left"),
+    ),
+    "classifier": lambda: Setup(
+        SequenceClassificationHead(tiny_bert_classifier()),
+        lambda n, seed=0: letter_batch(n, seed=seed),
+    ),
+    "bare": lambda: Setup(
+        tiny_bert_classifier(targets=("value",)), lambda n, seed=0: letter_batch(n, seed=seed)
+    ),
+    "mlp": lambda: Setup(tiny_mlp(), mlp_batch),
+}
+
+
+# Tokenizer ----------------------------------------------------------------------------------------
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+WORDS = (
+    *("Question", "Answer", ":", ".", "?", "A", "B", "C", "D", "what", "colour", "is", "the"),
+    *("sky", "sea", "grass", "snow", "red", "blue", "green", "white", "and"),
+)
+
+
+def tiny_tokenizer(
+    side: str = "right", pad: bool = True, bos: bool = False, eos: bool = False
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of a few words, all within VOCABULARY.
+
+    `bos` and `eos` make it write the special token at the start and end of every text; without
+    `pad` it has no padding token.
+    """
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    template = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
+    backend.post_processor = TemplateProcessing(
+        single=" ".join(template), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if pad:
+        names["pad_token"] = "<pad>"
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side=side, **names)
+
+
+# What borrowing a model must not change -----------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything about a model that using it must leave as it was.
+
+    Compare two of them with ``==``: tensors are kept as digests of their bytes, and by identity.
+    """
+    state: dict[str, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state[f"{name}: identity and flag"] = (id(parameter), parameter.requires_grad)
+        state[f"{name}: values"] = frozen(parameter)
+        grad = parameter.grad
+        state[f"{name}: grad"] = None if grad is None else (id(grad), frozen(grad))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        state[f"{name}: buffer"] = (id(buffer), frozen(buffer))
+    for name, module in model.named_modules():
+        state[f"{name}: mode"] = module.training
+        state[f"{name}: attributes"] = {
+            key: value if isinstance(value, (int, float, str)) else None
+            for key, value in vars(module).items()
+        }
+        state[f"{name}: hooks"] = {
+            key: sorted(value) for key, value in vars(module).items() if key.endswith("_hooks")
+        }
+    return state
+
+
+def frozen(value: Any) -> Any:
+    """Return a copy to compare with ``==``, bit for bit, of nested containers of tensors."""
+    if isinstance(value, Tensor):
+        values = value.detach().contiguous().flatten()
+        return value.dtype, value.shape, sha256(values.view(torch.uint8).numpy()).hexdigest()
+    if isinstance(value, dict):
+        return {key: frozen(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [frozen(entry) for entry in value]
+    return value
+
+
+# Oracles ------------------------------------------------------------------------------------------
+
+
+def bruteforce_jacobians(model: nn.Module, batch: Any, tensors: Sequence[Any]) -> Tensor:
+    """Return (B, C, P), one plain backward pass for each example and output.
+
+    `model` maps `batch` to (B, C) logits; `tensors` are LoraTensors.
+    """
+    weights = [tensor.weight for tensor in tensors]
+    flags = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    with torch.enable_grad():
+        logits = model(batch)
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(value, weights, retain_graph=True)])
+            for value in logits.flatten()
+        ]
+    for weight, flag in zip(weights, flags, strict=True):
+        weight.requires_grad_(flag)
+    return torch.stack(rows).view(*logits.shape, -1)
+
+
+def explicit_ggn(jacobians: Tensor, logits: Tensor | None) -> Tensor:
+    """Return ``sum_n J_n^T H_n J_n``, (P, P); H is the identity where `logits` is None."""
+    if logits is None:
+        return torch.einsum("ncp,ncq->pq", jacobians, jacobians)
+    p = torch.softmax(logits, -1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("ncp,ncd,ndq->pq", jacobians, hessians, jacobians)
