@@ -134,8 +134,11 @@ def _moment_from_state(state: dict[str, Any], like: Moment) -> Moment:
         expected, saved = like.matrix, state.get("matrix")
     else:
         expected, saved = like.sketch, state.get("sketch")
-    if saved is None or saved.shape != expected.shape:
-        came = "a factor of another kind" if saved is None else f"shape {tuple(saved.shape)}"
+    same_rank = isinstance(like, DenseMoment) or state.get("rank") == like.rank
+    if saved is None or saved.shape != expected.shape or not same_rank:
+        came = "a factor of another kind or rank"
+        if saved is not None and saved.shape != expected.shape:
+            came = f"shape {tuple(saved.shape)}"
         raise StateError(
             f"Expected a Kronecker factor of shape {tuple(expected.shape)}, but the state has "
             f"{came}. Load it with the same adapter and backend_kwargs (rank) as it was saved."

@@ -14,15 +14,17 @@ from torch.nn import functional as F
 def softmax_seeds(logits: Tensor) -> Tensor:
     """Return S of shape (B, C, C - 1) with ``S S^T = diag(p) - p p^T``, exactly.
 
-    With q = sqrt(p), a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``, and the
-    last C - 1 columns of the Householder reflection that sends e_1 to -q are an orthonormal
-    basis of q's complement.
+    With q = sqrt(p), a unit vector, ``diag(p) - p p^T = diag(q) (I - q q^T) diag(q)``. The
+    Householder reflection that sends e_m to -q has q's complement in its other C - 1 columns;
+    m is the likeliest class, so that nothing cancels however confident the model is.
     """
     q = torch.softmax(logits, -1).sqrt()
-    u = q.clone()
-    u[:, 0] += 1
-    identity = torch.eye(q.shape[1]).to(q)[:, 1:]
-    basis = identity - u[:, :, None] * u[:, None, 1:] / (1 + q[:, :1, None])
+    m = q.argmax(-1, keepdim=True)  # (B, 1)
+    u = q.scatter_add(-1, m, torch.ones_like(q[:, :1]))
+    reflection = torch.eye(q.shape[1]).to(q) - u[:, :, None] * (u / (1 + q.gather(-1, m)))[:, None]
+    others = torch.arange(q.shape[1] - 1, device=q.device)
+    others = others + (others >= m)  # (B, C - 1), all classes but m
+    basis = reflection.gather(-1, others[:, None].expand(-1, q.shape[1], -1))
     return q[:, :, None] * basis
 
 

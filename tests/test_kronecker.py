@@ -323,3 +323,16 @@ def test_state_of_other_shapes_is_refused():
         empty(rank=4).load(empty().state())
     with pytest.raises(StateError, match="shape"):
         empty(rank=4).load(empty(rank=5).state())
+
+
+def test_a_state_of_another_rank_is_refused():
+    # Ranks 4 and 5 of a side of 8 both sketch with all 8 columns.
+    def kron(rank):
+        small = DenseMoment(torch.zeros(2, 2))
+        return LoraKron(
+            [FactorPair(small, SketchedMoment(torch.zeros(8, 8), torch.zeros(()), rank))], ["A"]
+        )
+
+    assert kron(4).load(kron(4).state()).pairs[0].inputs.rank == 4
+    with pytest.raises(StateError, match="rank"):
+        kron(4).load(kron(5).state())

@@ -110,3 +110,15 @@ def test_empirical_seeds_of_regression_follow_the_parents_convention():
     (gradient,) = torch.autograd.grad(F.mse_loss(outputs, targets, reduction="sum"), outputs)
     S = empirical_seeds(outputs.detach(), targets, True)
     torch.testing.assert_close(S @ S.mT, 0.5 * gradient[:, :, None] * gradient[:, None, :])
+
+
+@pytest.mark.parametrize("confident", range(4))
+def test_softmax_seeds_keep_their_relative_accuracy_when_confident(confident):
+    logits = torch.tensor([[0.3, -0.2, 0.1, 0.0]])
+    logits[0, confident] += 40
+    probabilities = logits.double().softmax(-1)
+    products = probabilities[:, :, None] * probabilities[:, None, :]
+    products = products - torch.diag_embed(products.diagonal(dim1=1, dim2=2))
+    exact = torch.diag_embed(products.sum(-1)) - products  # no 1 - p, so nothing cancels
+    S = softmax_seeds(logits)
+    torch.testing.assert_close((S @ S.mT).double(), exact, rtol=1e-4, atol=0)
