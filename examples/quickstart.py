@@ -64,7 +64,7 @@ def main() -> None:
     temperature = fit_temperature(val_logits, torch.tensor([row["answer"] for row in val]))
     results = {
         "MAP": logits.softmax(-1),
-        f"temperature scaling (T = {temperature:.2f})": (logits / temperature).softmax(-1),
+        f"temperature scaling (T = {temperature:.3g})": (logits / temperature).softmax(-1),
     }
 
     # 3. The Laplace approximation over the LoRA weights: one pass over the training questions.
