@@ -73,18 +73,16 @@ class LoraPredictive(LoraPosterior):
             raise OptionError(f"Expected n_samples >= 1, but got {n_samples}.")
         if generator is not None:
             self._check_generator(generator)
-        if pred_type == "nn" and isinstance(x, Moments):
-            raise OptionError("Expected a batch for pred_type='nn', but got Moments.")
         if generator is not None and link_approx == "mc":
             # The parent checks the generator and then draws without it.
             classes = self._predicts_classes(fitting)
             if pred_type == "glm" and classes:
                 samples = self.predictive_samples(x, "glm", n_samples, diagonal_output, generator)
                 return samples.mean(0)
-            if pred_type == "nn" and not isinstance(x, Moments):
+            if pred_type == "nn" and classes:
+                return self._nn_predictive_classification(x, n_samples, generator, **model_kwargs)
+            if pred_type == "nn":
                 samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
-                if classes:
-                    return samples.softmax(-1).mean(0)
                 return samples.mean(0), samples.var(0)
         return super().__call__(
             x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,
@@ -146,13 +144,19 @@ class LoraPredictive(LoraPosterior):
             return (f_mu[..., None] + root @ noise).permute(2, 0, 1)
 
     def _sampled_outputs(
-        self, X: Batch, n_samples: int, generator: torch.Generator | None, **model_kwargs: Any
+        self,
+        X: Batch | Moments,
+        n_samples: int,
+        generator: torch.Generator | None,
+        **model_kwargs: Any,
     ) -> Iterator[Tensor]:
         """Yield the model's outputs (B, C) under weights drawn one sample at a time.
 
         `functional_call` swaps the weights, so the model's own are never written to.
         """
         self._check_H_init()
+        if isinstance(X, Moments):
+            raise OptionError("Expected a batch for pred_type='nn', but got Moments.")
         X = X.to(self._device) if isinstance(X, Tensor) else X
         sizes = [tensor.weight.numel() for tensor in self.tensors]
         for _ in range(n_samples):
@@ -168,7 +172,7 @@ class LoraPredictive(LoraPosterior):
 
     def _nn_functional_samples(
         self,
-        X: Batch,
+        X: Batch | Moments,
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
@@ -177,7 +181,7 @@ class LoraPredictive(LoraPosterior):
 
     def _nn_predictive_classification(
         self,
-        X: Batch,
+        X: Batch | Moments,
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
