@@ -14,7 +14,13 @@ from laplace_llm.collate import (
 )
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
-from laplace_llm.structures import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, Laplace
+from laplace_llm.structures import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    Laplace,
+    LowRankLoraLaplace,
+)
 from laplace_llm.subnet import LoraSubnetMask
 
 __version__ = "0.1.0"
@@ -23,6 +29,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     # posteriors
     "Laplace",
     "KronLoraLaplace",
+    "LowRankLoraLaplace",
     "DiagLoraLaplace",
     "FullLoraLaplace",
     # curvature backends

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from laplace_llm.errors import AdapterError, UnsupportedLayerError
+from laplace_llm.errors import AdapterError, OptionError, UnsupportedLayerError
+
+Sides = Literal["AB", "B"]
 
 # PEFT containers that read the weights of lora_A and lora_B without calling the modules.
 _WEIGHTS_READ_DIRECTLY = {"ParamWrapper", "MultiheadAttention"}
@@ -109,7 +111,9 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
     return adapter
 
 
-def find_lora_tensors(model: nn.Module, adapter: str | None = None) -> list[LoraTensor]:
+def find_lora_tensors(
+    model: nn.Module, adapter: str | None = None, sides: Sides = "AB"
+) -> list[LoraTensor]:
     """List the LoRA tensors of one adapter, in the order of ``model.parameters()``.
 
     Tensors are found through PEFT's `LoraLayer`, never by their names or ``requires_grad``
@@ -121,6 +125,8 @@ def find_lora_tensors(model: nn.Module, adapter: str | None = None) -> list[Lora
         Any module with PEFT LoRA layers somewhere inside.
     adapter : str, optional
         Adapter's name; None for the active one.
+    sides : {'AB', 'B'}, default='AB'
+        All tensors, or each layer's ``lora_B`` alone.
 
     Returns
     -------
@@ -128,11 +134,15 @@ def find_lora_tensors(model: nn.Module, adapter: str | None = None) -> list[Lora
 
     Raises
     ------
+    OptionError
+        If `sides` is neither.
     AdapterError
         See `resolve_adapter`.
     UnsupportedLayerError
         If a layer of this adapter is not a plain LoRA around a linear map; named in the message.
     """
+    if sides not in get_args(Sides):
+        raise OptionError(f"Expected tensors='AB' or tensors='B', but got {sides!r}.")
     adapter = resolve_adapter(model, adapter)
     modules: dict[nn.Parameter, tuple[nn.Linear, Literal["A", "B"]]] = {}
     for name, layer in _lora_layers(model):
@@ -143,7 +153,7 @@ def find_lora_tensors(model: nn.Module, adapter: str | None = None) -> list[Lora
     return [
         LoraTensor(name, *modules[parameter])
         for name, parameter in model.named_parameters()
-        if parameter in modules
+        if parameter in modules and modules[parameter][1] in sides
     ]
 
 

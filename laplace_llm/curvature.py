@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from laplace_llm import taps
 from laplace_llm._compat import CurvatureInterface, Kron
-from laplace_llm.adapters import find_lora_tensors, lora_dtype
+from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype
 from laplace_llm.data import check_labels
 from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
+from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
 
@@ -63,6 +64,8 @@ class StreamingInterface(CurvatureInterface):
         Rank kept of a factor's long side; default: exact up to 1,024, rank 64 beyond.
     adapter : str, optional
         Adapter's name; default: the active one.
+    tensors : {'AB', 'B'}, default='AB'
+        All of the adapter's LoRA tensors, or ``lora_B`` alone.
 
     Raises
     ------
@@ -83,6 +86,7 @@ class StreamingInterface(CurvatureInterface):
         kfac_approx: Literal["reduce", "expand"] = "reduce",
         rank: int | None = None,
         adapter: str | None = None,
+        tensors: Sides = "AB",
     ) -> None:
         if last_layer:
             raise OptionError(
@@ -97,7 +101,7 @@ class StreamingInterface(CurvatureInterface):
         super().__init__(model, likelihood, False, subnetwork_indices, dict_key_x, dict_key_y)
         self.kfac_approx = kfac_approx
         self.rank = rank
-        self.tensors = find_lora_tensors(model, adapter)
+        self.tensors = find_lora_tensors(model, adapter, tensors)
         self.dtype = lora_dtype(self.tensors)
         _check_trainable(self.params_dict, [tensor.name for tensor in self.tensors])
 
@@ -166,6 +170,15 @@ class StreamingInterface(CurvatureInterface):
             rows = self._rows(run, gradients)
             state += rows.T @ rows
         self._check_finite(state.diagonal())
+        return summary
+
+    def accumulate_rows(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch's rows, whose second moment is its curvature, in place."""
+        run, columns, summary = self._forward(x, y)
+        for gradients in self._sweep(run, columns):
+            rows = self._rows(run, gradients)
+            self._check_finite(rows.square().sum(0))
+            state.add(rows)
         return summary
 
     def _check_finite(self, values: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laplace_llm import prior
 from laplace_llm._compat import CurvatureInterface, ParametricLaplace
-from laplace_llm.adapters import find_lora_tensors, lora_dtype, resolve_adapter
+from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.errors import NotFittedError, PriorError
@@ -55,6 +55,9 @@ class LoraPosterior(ParametricLaplace):
         As in the parent.
     adapter : str, optional
         The adapter to put the posterior over; default: the active one.
+    tensors : {'AB', 'B'}, default='AB'
+        Which weights are uncertain: all of the adapter's, or ``lora_B`` alone (``lora_A`` then
+        is a fixed feature map, and the posterior half the size).
 
     Raises
     ------
@@ -79,15 +82,17 @@ class LoraPosterior(ParametricLaplace):
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
+        tensors: Sides = "AB",
         **structure_kwargs: Any,
     ) -> None:
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
-        self.tensors = find_lora_tensors(model, self.adapter)
+        self.tensors = find_lora_tensors(model, self.adapter, tensors)
+        self.sides: Sides = tensors
         backend = StreamingGGN if backend is None else backend
         backend_kwargs = dict(backend_kwargs or {})
         if issubclass(backend, StreamingInterface):
-            backend_kwargs["adapter"] = self.adapter
+            backend_kwargs |= {"adapter": self.adapter, "tensors": tensors}
         with borrowed(model, [tensor.weight for tensor in self.tensors]):
             super().__init__(
                 model,
@@ -114,7 +119,9 @@ class LoraPosterior(ParametricLaplace):
         """
         if isinstance(self.backend, StreamingInterface):
             return self.backend
-        return StreamingGGN(self.model, self.backend.likelihood, adapter=self.adapter)
+        return StreamingGGN(
+            self.model, self.backend.likelihood, adapter=self.adapter, tensors=self.sides
+        )
 
     # The parent's attributes, declared for the type checker.
     model: nn.Module

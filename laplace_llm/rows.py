@@ -1,0 +1,215 @@
+"""The GGN over all LoRA weights at once, kept as rows: exact up to a rank, truncated beyond it.
+
+The GGN of N examples is ``R^T R`` with N (C - 1) rows R (for softmax): one matrix of that size,
+``R R^T``, holds all that the posterior over P weights needs, and no P x P matrix is ever made.
+Unlike a Kronecker factorisation, it keeps the correlations between layers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from laplace_llm.errors import StateError
+
+# How many rows beyond the largest rank may wait for the next truncation, as a part of that rank.
+SLACK = 0.25
+
+
+class RowStore:
+    """A matrix of rows that grows, in the device's memory, the CPU's, or a temporary file.
+
+    Parameters
+    ----------
+    columns : int
+        P.
+    dtype, device
+        Of the rows as they come and go.
+    factors_on : {'cpu', 'disk'}, optional
+        Where they are kept; default: on their device. A file is gone with the object.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        factors_on: Literal["cpu", "disk"] | None = None,
+    ) -> None:
+        self.columns, self.dtype, self.device, self.factors_on = columns, dtype, device, factors_on
+        self._file: Path | None = None
+        if factors_on == "disk":
+            folder = tempfile.mkdtemp(prefix="laplace_llm-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._file = Path(folder) / "rows"
+        self._buffer = self._allocate(0)
+        self.count = 0
+
+    def _allocate(self, rows: int) -> Tensor:
+        if self._file is None or rows == 0:
+            device = "cpu" if self.factors_on else self.device
+            return torch.empty(rows, self.columns, dtype=self.dtype, device=device)
+        # The file only ever grows, so that what is in it stays.
+        size = rows * self.columns
+        mapped = torch.from_file(str(self._file), shared=True, size=size, dtype=self.dtype)
+        return mapped.view(rows, self.columns)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for this many rows altogether."""
+        if rows > len(self._buffer):
+            before = self._buffer
+            self._buffer = self._allocate(rows)
+            if self._file is None:
+                self._buffer[: self.count] = before[: self.count]
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows (n, P) at the end; room must have been reserved."""
+        self._buffer[self.count : self.count + len(rows)] = rows
+        self.count += len(rows)
+
+    def parts(self, rows: int = 64) -> Iterator[Tensor]:
+        """Yield the rows, a few at a time, where they are kept."""
+        yield from self._buffer[: self.count].split(rows)
+
+    def columns_of(self, start: int, stop: int) -> Tensor:
+        """Return some columns of all rows, on the device."""
+        return self._buffer[: self.count, start:stop].to(self.device)
+
+    def set_columns(self, start: int, stop: int, values: Tensor) -> None:
+        """Overwrite some columns of the first rows."""
+        self._buffer[: len(values), start:stop] = values
+
+
+class LowRankGGN:
+    """Streaming ``sum G^T G`` over rows G of all tensors together.
+
+    While no more than `max_rank` rows have come, it is exact. Beyond, it keeps the leading
+    eigenpairs: every time a quarter more rows than that have gathered, and at the end of a fit.
+    The order of batches then changes the result by no more than what the truncation lost.
+
+    Parameters
+    ----------
+    sizes : Sequence[int]
+        Number of weights of each tensor, together P.
+    max_rank : int, optional
+        Bounds memory at 1.25 x `max_rank` x P values; None keeps all rows.
+    dtype, device
+        Of the rows.
+    factors_on : {'cpu', 'disk'}, optional
+        See `RowStore`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        max_rank: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        factors_on: Literal["cpu", "disk"] | None = None,
+    ) -> None:
+        self.sizes = list(sizes)
+        self.max_rank = max_rank
+        self.store = RowStore(sum(self.sizes), dtype, device, factors_on)
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
+        self.lost_trace = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def rank(self) -> int:
+        """Number of rows kept."""
+        return self.store.count
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Return the first and last column (exclusive) of each tensor."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def add(self, rows: Tensor) -> None:
+        """Add the GGN of rows (n, P)."""
+        self.trace += rows.square().sum(dtype=torch.float64)
+        self._append(rows)
+
+    def _append(self, rows: Tensor) -> None:
+        if self.max_rank is None:
+            self.store.reserve(_grown(self.rank, len(rows), None))
+            self.store.append(rows)
+            return
+        limit = self.max_rank + max(int(SLACK * self.max_rank), 1)
+        for part in rows.split(limit - self.max_rank):
+            if self.rank + len(part) > limit:
+                self.truncate()
+            self.store.reserve(_grown(self.rank, len(part), limit))
+            self.store.append(part)
+
+    def truncate(self) -> None:
+        """Keep the `max_rank` leading eigenpairs, and count what is lost of the trace."""
+        if self.max_rank is None or self.rank <= self.max_rank:
+            return
+        values, vectors = torch.linalg.eigh(self.gram())
+        kept = vectors[:, -self.max_rank :]
+        self.lost_trace += values[: -self.max_rank].clamp_min(0).sum()
+        for start, stop in self.blocks():
+            columns = self.store.columns_of(start, stop)
+            self.store.set_columns(start, stop, kept.T.to(columns) @ columns)
+        self.store.count = self.max_rank
+
+    def merge(self, other: LowRankGGN) -> None:
+        """Add another GGN over the same tensors."""
+        for part in other.store.parts():
+            self._append(part.to(self.store.device, self.store.dtype))
+        self.truncate()
+        self.trace += other.trace
+        self.lost_trace += other.lost_trace
+
+    def gram(self) -> Tensor:
+        """Return ``R R^T`` (m, m) in float64."""
+        total = self.trace.new_zeros(self.rank, self.rank)
+        for gram in self._grams():
+            total += gram
+        return total
+
+    def grams(self) -> Tensor:
+        """Return ``R_l R_l^T`` of every tensor, (L, m, m) in float64."""
+        return torch.stack(list(self._grams()))
+
+    def _grams(self) -> Iterator[Tensor]:
+        for start, stop in self.blocks():
+            columns = self.store.columns_of(start, stop)
+            yield (columns @ columns.T).double()
+
+    def state(self) -> dict[str, Any]:
+        """Return plain containers of tensors and numbers, for `torch.save`."""
+        return {
+            "rows": self.store.columns_of(0, self.store.columns),
+            "trace": self.trace,
+            "lost_trace": self.lost_trace,
+        }
+
+    def load(self, state: dict[str, Any]) -> LowRankGGN:
+        """Return a new GGN with the contents of `state`, of this one's rank and place."""
+        rows = state.get("rows")
+        if rows is None or rows.ndim != 2 or rows.shape[1] != self.store.columns:
+            came = "none" if rows is None else f"shape {tuple(rows.shape)}"
+            raise StateError(
+                f"Expected rows of {self.store.columns} weights, but the state has {came}. Load it "
+                "with the same adapter and tensors=... as it was saved."
+            )
+        store = self.store
+        new = LowRankGGN(self.sizes, self.max_rank, store.dtype, store.device, store.factors_on)
+        new._append(rows.to(store.device, store.dtype))
+        new.truncate()
+        new.trace += state["trace"].to(new.trace)
+        new.lost_trace += state["lost_trace"].to(new.trace)
+        return new
+
+
+def _grown(count: int, more: int, limit: int | None) -> int:
+    """Return how many rows to make room for: half as many again, up to the limit."""
+    wanted = max(count + more, count + count // 2)
+    return wanted if limit is None else min(wanted, limit)

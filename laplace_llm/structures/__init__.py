@@ -1,0 +1,60 @@
+"""The structures behind ``subset_of_weights="lora"``, one a module, and the factory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from laplace_llm._compat import parent_factory
+from laplace_llm.errors import OptionError
+from laplace_llm.structures.diag import DiagLoraLaplace
+from laplace_llm.structures.full import FullLoraLaplace
+from laplace_llm.structures.kron import KronLoraLaplace
+from laplace_llm.structures.lowrank import LowRankLoraLaplace
+
+STRUCTURES = (KronLoraLaplace, LowRankLoraLaplace, DiagLoraLaplace, FullLoraLaplace)
+
+__all__ = [
+    "STRUCTURES",
+    "DiagLoraLaplace",
+    "FullLoraLaplace",
+    "KronLoraLaplace",
+    "Laplace",
+    "LowRankLoraLaplace",
+]
+
+
+def Laplace(
+    model: nn.Module,
+    likelihood: str = "classification",
+    subset_of_weights: str = "lora",
+    hessian_structure: str = "kron",
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`laplace.Laplace` with defaults for LoRA; other combinations go to the parent unchanged.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        See `LoraLaplace`.
+    likelihood : str, default='classification'
+    subset_of_weights : str, default='lora'
+    hessian_structure : {'kron', 'lowrank', 'diag', 'full'}, default='kron'
+        For ``subset_of_weights='lora'``; all of the parent's otherwise.
+    *args, **kwargs
+        See `LoraLaplace`, `KronLoraLaplace` or the parent's classes.
+
+    Raises
+    ------
+    OptionError
+        If there is no such structure for ``"lora"``.
+    """
+    structures = sorted(cls._key[1] for cls in STRUCTURES)
+    if subset_of_weights == "lora" and hessian_structure not in structures:
+        raise OptionError(
+            f"Expected hessian_structure to be one of {structures} for subset_of_weights='lora', "
+            f"but got {hessian_structure!r}."
+        )
+    return parent_factory(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)

@@ -1,0 +1,51 @@
+"""Diagonal Laplace over LoRA weights, ``("lora", "diag")``."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_llm._compat import AsdlInterface, DiagLaplace, EFInterface
+from laplace_llm.curvature import BatchSummary
+from laplace_llm.errors import OptionError
+from laplace_llm.laplace import LoraLaplace
+from laplace_llm.taps import Batch
+
+
+class DiagLoraLaplace(LoraLaplace, DiagLaplace):
+    """Laplace over LoRA weights with the exact diagonal of the GGN, ``("lora", "diag")``.
+
+    Takes the arguments of `LoraLaplace`.
+    """
+
+    _key = ("lora", "diag")
+
+    def _empty_curvature(self) -> Tensor:
+        return torch.zeros(self.n_params, dtype=self._dtype, device=self._device)
+
+    def _accumulate(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
+        return self._streaming.accumulate_diag(state, x, y)
+
+    def _accumulate_parent(self, state: Tensor, x: Batch, y: Tensor) -> Tensor:
+        by_vmap = isinstance(self.backend, EFInterface) and not isinstance(
+            self.backend, AsdlInterface
+        )
+        if by_vmap and isinstance(x, MutableMapping):
+            raise OptionError(
+                f"{self._backend_cls.__name__} computes a diagonal with vmap, which cannot take "
+                "batches that are mappings. Use backend=StreamingEF."
+            )
+        loss, diagonal = self.backend.diag(x, y, N=1, **self._asdl_fisher_kwargs)
+        state += diagonal.to(state)
+        return loss
+
+    def _set_curvature(self, state: Tensor, merge: bool) -> None:
+        self.H = state + self.H if merge else state
+
+    def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
+        variances = self.posterior_variance.split([j.shape[-1] for j in jacobians])
+        return torch.stack([(j * v) @ j.mT for j, v in zip(jacobians, variances, strict=True)]).sum(
+            0
+        )
