@@ -14,6 +14,7 @@ from laplace_llm.collate import (
 )
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
+from laplace_llm.prediction import shared_moments_grid
 from laplace_llm.scoring_head import ChoiceScoringHead
 from laplace_llm.structures import (
     DiagLoraLaplace,
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "LowRankLoraLaplace",
     "DiagLoraLaplace",
     "FullLoraLaplace",
+    "shared_moments_grid",
     # curvature backends
     "StreamingGGN",
     "StreamingEF",
