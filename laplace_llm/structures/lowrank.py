@@ -68,9 +68,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         ):
             raise OptionError(f"Expected max_rank=None or an integer >= 1, but got {max_rank!r}.")
         if factors_on not in (None, "cpu", "disk"):
-            raise OptionError(
-                f"Expected factors_on=None, 'cpu' or 'disk', but got {factors_on!r}."
-            )
+            raise OptionError(f"Expected factors_on=None, 'cpu' or 'disk', but got {factors_on!r}.")
         if backend is not None and not issubclass(backend, StreamingInterface):
             raise OptionError(
                 f"{backend.__name__} cannot give the rows of a GGN. Leave out backend=..., or use "
