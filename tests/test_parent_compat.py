@@ -30,6 +30,7 @@ from laplace_llm import (
     DiagLoraLaplace,
     FullLoraLaplace,
     KronLoraLaplace,
+    LowRankLoraLaplace,
     SequenceClassificationHead,
     StreamingEF,
     StreamingGGN,
@@ -52,9 +53,10 @@ def lora(model: nn.Module, structure: str = "kron", batch: Any = None, **kwargs:
 # The factory --------------------------------------------------------------------------------------
 
 OURS = {
-    "lora kron": "laplace_llm.structures.KronLoraLaplace",
-    "lora diag": "laplace_llm.structures.DiagLoraLaplace",
-    "lora full": "laplace_llm.structures.FullLoraLaplace",
+    "lora kron": "laplace_llm.structures.kron.KronLoraLaplace",
+    "lora lowrank": "laplace_llm.structures.lowrank.LowRankLoraLaplace",
+    "lora diag": "laplace_llm.structures.diag.DiagLoraLaplace",
+    "lora full": "laplace_llm.structures.full.FullLoraLaplace",
 }
 BUILT_IN = {
     "all full": "laplace.baselaplace.FullLaplace",
@@ -105,6 +107,7 @@ def test_no_class_inherits_a_key():
     ours = [cls for cls in classes if cls.__module__.startswith("laplace_llm")]
     assert {cls for cls in ours if hasattr(cls, "_key")} == {
         KronLoraLaplace,
+        LowRankLoraLaplace,
         DiagLoraLaplace,
         FullLoraLaplace,
     }
@@ -113,7 +116,12 @@ def test_no_class_inherits_a_key():
 
 @pytest.mark.parametrize(
     ("structure", "cls"),
-    [("kron", KronLoraLaplace), ("diag", DiagLoraLaplace), ("full", FullLoraLaplace)],
+    [
+        ("kron", KronLoraLaplace),
+        ("lowrank", LowRankLoraLaplace),
+        ("diag", DiagLoraLaplace),
+        ("full", FullLoraLaplace),
+    ],
 )
 @pytest.mark.parametrize("factory", [laplace.Laplace, laplace_llm.Laplace])
 def test_both_factories_give_our_classes(factory, structure, cls):
@@ -308,7 +316,7 @@ def test_low_precision_base_keeps_everything_in_float32(structure):
     )
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_low_precision_base_is_close_to_a_float32_base(structure):
     la, reference = (lora(mixed(dtype), structure) for dtype in (torch.bfloat16, torch.float32))
     got, expected = la.log_marginal_likelihood(), reference.log_marginal_likelihood()
@@ -334,7 +342,7 @@ def test_low_precision_adapters_work():
     torch.testing.assert_close(la(letter_batch(3), **NN).sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_float32_marginal_likelihood_equals_float64(structure):
     single, double = tiny_llama(), tiny_llama()
     single = single.float()
@@ -391,7 +399,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 @pytest.mark.parametrize(
     "draw",
     [
