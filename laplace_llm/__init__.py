@@ -4,7 +4,7 @@ Importing this package registers ``subset_of_weights="lora"`` with `laplace.Lapl
 """
 
 from laplace_llm.backends import StreamingEF, StreamingGGN
-from laplace_llm.causal_heads import ChoiceScoringHead, MultipleChoiceHead
+from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.collate import (
     LETTERS,
     ChoiceScoringCollator,
@@ -14,6 +14,7 @@ from laplace_llm.collate import (
 )
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
+from laplace_llm.scoring_head import ChoiceScoringHead
 from laplace_llm.structures import (
     DiagLoraLaplace,
     FullLoraLaplace,

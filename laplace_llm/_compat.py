@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from laplace.baselaplace import (
     BaseLaplace,
@@ -17,8 +16,11 @@ from laplace.curvature.asdl import AsdlInterface
 from laplace.curvature.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.laplace import Laplace as parent_factory
 from laplace.utils.matrix import Kron
+from laplace.utils.metrics import RunningNLLMetric
 from laplace.utils.subnetmask import SubnetMask
 from laplace.utils.utils import validate
+from torch import Tensor
+from torchmetrics import MeanSquaredError
 
 __all__ = [
     "AsdlInterface",
@@ -32,15 +34,41 @@ __all__ = [
     "KronLaplace",
     "ParametricLaplace",
     "SubnetMask",
+    "default_loss",
     "parent_factory",
-    "quiet_about_link",
+    "parent_marglik",
     "validate",
 ]
 
 
-@contextmanager
-def quiet_about_link() -> Iterator[None]:
-    """Silence the reminder that tuning defaults to probit: it is unconditional in the parent."""
+def default_loss(la: Any) -> Any:
+    """Return the metric that the parent's grid search uses by default."""
+    if la.likelihood == "regression":
+        return MeanSquaredError(num_outputs=la.n_outputs).to(la._device)
+    return RunningNLLMetric().to(la._device)
+
+
+def parent_marglik(
+    la: Any,
+    pred_type: str,
+    n_steps: int,
+    lr: float,
+    init_prior_prec: float | Tensor,
+    prior_structure: str,
+    val_loader: Any,
+    progress_bar: bool,
+) -> None:
+    """Maximise the marginal likelihood as the parent does, without its reminder of `probit`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="By default `link_approx` is `probit`")
-        yield
+        ParametricLaplace.optimize_prior_precision(
+            la,
+            pred_type,
+            "marglik",
+            n_steps,
+            lr,
+            init_prior_prec,
+            prior_structure,
+            val_loader,
+            progress_bar=progress_bar,
+        )

@@ -1,20 +1,18 @@
-"""Heads on causal language models: letters, label words, and scored choices."""
+"""Heads on causal language models: what they share, and the one for letters and label words."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import MutableMapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laplace_llm.collate import continuation
-from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
+from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import at_least_float32, unwrap
 
 
@@ -47,13 +45,17 @@ class CausalHead(nn.Module):
     def _device(self) -> torch.device:
         return self._causal.get_input_embeddings().weight.device
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _hidden(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Return the last hidden states (R, T, d).
 
-        Position ids come from the mask, so that padding on the left moves no token.
+        Unless given, position ids come from the mask, so that padding on the left moves no token.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._takes_positions:
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        elif self._takes_positions:
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
         return self._causal.base_model(**inputs, use_cache=False, return_dict=True)[0]
 
@@ -143,9 +145,14 @@ class MultipleChoiceHead(CausalHead):
         Raises
         ------
         DataError
-            If a row has no real token, or the inputs are missing or not (B, T).
+            If a row has no real token, or the inputs are missing, not (B, T), or packed choices.
         """
-        ids, mask = _ids_and_mask(batch, 2, self._device)
+        ids, mask = ids_and_mask(batch, 2, self._device)
+        if "choice_ids" in batch:
+            raise DataError(
+                "Expected prompts that the choices' tokens follow, but got packed choices "
+                "(choice_ids). Use MultipleChoiceCollator, or ChoiceScoringHead."
+            )
         positions = torch.arange(ids.shape[1], device=ids.device)
         last = (mask * (positions + 1)).amax(1) - 1
         if bool((last < 0).any()):
@@ -157,75 +164,6 @@ class MultipleChoiceHead(CausalHead):
         else:
             logits = self._causal.get_output_embeddings()(features)[:, self.choice_token_ids]
         return self._finish(at_least_float32(logits))
-
-
-class ChoiceScoringHead(CausalHead):
-    """Log-probability of each choice's own tokens after the question.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
-    normalization : {'sum', 'mean'}, default='sum'
-        Whether a choice's token log-probabilities are added or averaged.
-
-    Raises
-    ------
-    OptionError
-        If the model is not a causal language model, or `normalization` is unknown.
-    UnsupportedLayerError
-        If lm_head carries an adapter.
-    """
-
-    def __init__(self, model: nn.Module, normalization: Literal["sum", "mean"] = "sum") -> None:
-        super().__init__(model)
-        if normalization not in ("sum", "mean"):
-            raise OptionError(f"Expected normalization='sum' or 'mean', but got {normalization!r}.")
-        if isinstance(self._causal.get_output_embeddings(), LoraLayer):
-            raise UnsupportedLayerError(
-                "ChoiceScoringHead does not support an adapter on lm_head yet. Leave lm_head out "
-                "of LoraConfig(target_modules=...), or use MultipleChoiceHead."
-            )
-        self.normalization = normalization
-
-    def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
-        """Return the choices' scores (B, C) in float32 or better.
-
-        Parameters
-        ----------
-        batch : MutableMapping
-            ``input_ids``, ``attention_mask`` and ``choice_mask`` of shape (B, C, T); the last
-            marks the tokens of the choice itself.
-
-        Raises
-        ------
-        DataError
-            If an input is missing, not (B, C, T), or a choice has no token to score.
-        """
-        ids, mask = _ids_and_mask(batch, 3, self._device)
-        chosen = _entry(batch, "choice_mask", 3, self._device).bool()
-        _check_same_shape("choice_mask", chosen, ids)
-        chosen = chosen & mask.bool()
-        n_rows = ids.shape[:2]
-        ids, mask, chosen = ids.flatten(0, 1), mask.flatten(0, 1), chosen.flatten(0, 1)
-        # A token is predicted from the one before it, which must be real.
-        scored = chosen[:, 1:] & mask[:, :-1].bool()
-        counts = scored.sum(1)
-        if bool((counts == 0).any() | (counts != chosen.sum(1)).any()):
-            raise DataError(
-                "Expected every choice to have at least one token, and a real token before each, "
-                "but a choice_mask is empty or begins at the first token of its row."
-            )
-        row, position = scored.nonzero(as_tuple=True)
-        features = self._hidden(ids, mask)[row, position]
-        logits = self._finish(at_least_float32(self._causal.get_output_embeddings()(features)))
-        log_probs = -F.cross_entropy(
-            logits, ids[row, position + 1].to(logits.device), reduction="none"
-        )
-        scores = log_probs.new_zeros(len(ids)).index_add(0, row.to(logits.device), log_probs)
-        if self.normalization == "mean":
-            scores = scores / counts.to(scores)
-        return scores.view(n_rows)
 
 
 class _ChoiceLayer(nn.Linear):
@@ -263,7 +201,7 @@ def _check_token_ids(ids: Sequence[int], causal: PreTrainedModel) -> list[int]:
     return values
 
 
-def _entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.device) -> Tensor:
+def entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.device) -> Tensor:
     """Return one entry of the batch on the device, or say what is wrong with it."""
     shape = "(B, T)" if ndim == 2 else "(B, C, T)"
     value = batch[key] if isinstance(batch, MutableMapping) and key in batch else None
@@ -273,18 +211,20 @@ def _entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.d
     return value.to(device)
 
 
-def _ids_and_mask(
+def ids_and_mask(
     batch: MutableMapping[str, Any], ndim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    ids = _entry(batch, "input_ids", ndim, device)
+    """Return ``input_ids`` and ``attention_mask``, all ones where the batch has none."""
+    ids = entry(batch, "input_ids", ndim, device)
     if "attention_mask" not in batch:
         return ids, torch.ones_like(ids)
-    mask = _entry(batch, "attention_mask", ndim, device).long()
-    _check_same_shape("attention_mask", mask, ids)
+    mask = entry(batch, "attention_mask", ndim, device).long()
+    check_same_shape("attention_mask", mask, ids)
     return ids, mask
 
 
-def _check_same_shape(key: str, values: Tensor, ids: Tensor) -> None:
+def check_same_shape(key: str, values: Tensor, ids: Tensor) -> None:
+    """Raise DataError unless an entry has the shape of ``input_ids``."""
     if values.shape != ids.shape:
         raise DataError(
             f"Expected batch[{key!r}] to have the shape of input_ids, {tuple(ids.shape)}, but got "

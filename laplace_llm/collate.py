@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from laplace_llm.errors import DataError
 
 Row = Mapping[str, Any]
+Parts = tuple[list[int], list[list[int]]]  # a question's tokens, and each choice's
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -71,7 +72,10 @@ class MultipleChoiceCollator:
 
 @dataclass
 class ChoiceScoringCollator:
-    """Batches for `ChoiceScoringHead`: one sequence a choice.
+    """Batches for `ChoiceScoringHead`: one sequence a choice, or one a question.
+
+    Both give the same scores and gradients. Packed, the question is computed once instead of once
+    for each choice, and is counted once by Kronecker factors.
 
     Parameters
     ----------
@@ -79,13 +83,22 @@ class ChoiceScoringCollator:
         Its ``padding_side`` is used; a tokenizer without a padding token is fine.
     prompt : Callable, default=question_prompt
         Maps a row to the text that " " + choice follows.
+    packed : bool, default=False
+        Whether a question and its choices share one sequence. The model must take position ids
+        and use full attention, computed by sdpa or eager.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Callable[[Row], str] = question_prompt
+    packed: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
         """Return ``input_ids``, ``attention_mask``, ``choice_mask`` (B, C, T), ``labels`` (B,).
+
+        Packed, return ``input_ids``, ``attention_mask``, ``choice_ids``, ``position_ids`` (B, S)
+        and ``labels``: each question followed by its choices one after the other, with choice ids
+        c = 0, ..., C - 1 on their tokens and -1 elsewhere. The positions of every choice continue
+        the question's.
 
         Raises
         ------
@@ -100,21 +113,40 @@ class ChoiceScoringCollator:
                 f"Expected rows with the same number of choices, but got {sorted(sizes)}. Leave "
                 "out the odd ones, or batch rows of the same number together."
             )
-        sequences, lengths = [], []
-        for row in rows:
-            prompt = self.prompt(row)
-            head = _ids(self.tokenizer, prompt)
-            for choice in row["choices"]:
-                tail = continuation(self.tokenizer, prompt, f" {str(choice).strip()}")
-                sequences.append(head + tail)
-                lengths.append(len(tail))
+        parts = [self._parts(row) for row in rows]
+        return BatchEncoding({**(self._pack if self.packed else self._separate)(parts), **labels})
+
+    def _parts(self, row: Row) -> Parts:
+        prompt = self.prompt(row)
+        texts = [f" {str(choice).strip()}" for choice in row["choices"]]
+        tails = [continuation(self.tokenizer, prompt, text) for text in texts]
+        return _ids(self.tokenizer, prompt), tails
+
+    def _separate(self, parts: Sequence[Parts]) -> dict[str, Tensor]:
+        sequences = [head + tail for head, tails in parts for tail in tails]
+        lengths = torch.tensor([len(tail) for _, tails in parts for tail in tails])
         ids, mask = _pad(self.tokenizer, sequences)
         # Counted from the row's last real token, the choice is the last `length` of them.
         from_end = mask.flip(-1).cumsum(-1).flip(-1)
-        chosen = mask.bool() & (from_end <= torch.tensor(lengths)[:, None])
-        shape = (len(rows), sizes.pop(), -1)
+        chosen = mask.bool() & (from_end <= lengths[:, None])
         batch = {"input_ids": ids, "attention_mask": mask, "choice_mask": chosen}
-        return BatchEncoding({**{k: v.view(shape) for k, v in batch.items()}, **labels})
+        return {key: value.view(len(parts), -1, ids.shape[1]) for key, value in batch.items()}
+
+    def _pack(self, parts: Sequence[Parts]) -> dict[str, Tensor]:
+        sequences, choices, positions = [], [], []
+        for head, tails in parts:
+            n = len(head)
+            sequences.append(head + [token for tail in tails for token in tail])
+            choices.append([-1] * n + [c for c, tail in enumerate(tails) for _ in tail])
+            positions.append([*range(n), *(n + i for tail in tails for i in range(len(tail)))])
+        side = self.tokenizer.padding_side
+        ids, mask = _pad(self.tokenizer, sequences)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "choice_ids": _pad_with(-1, choices, side),
+            "position_ids": _pad_with(0, positions, side),
+        }
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[int]:
@@ -147,12 +179,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _pad(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     side = tokenizer.padding_side
-    ids = [torch.tensor(sequence) for sequence in sequences]
-    masks = [torch.ones_like(sequence) for sequence in ids]
-    return (
-        pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=side),
-        pad_sequence(masks, batch_first=True, padding_value=0, padding_side=side),
-    )
+    ones = [[1] * len(sequence) for sequence in sequences]
+    return _pad_with(pad, sequences, side), _pad_with(0, ones, side)
+
+
+def _pad_with(value: int, sequences: list[list[int]], side: str) -> Tensor:
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def _labels(rows: Sequence[Row]) -> dict[str, Tensor]:

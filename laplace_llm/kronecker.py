@@ -162,8 +162,18 @@ class LoraKronDecomposed:
         """
         return self._grid_variance(jacobians, deltas[:, None] + self.deltas)
 
+    def tensor_variances(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Iterator[Tensor]:
+        """Yield each tensor's part (G, B, C, C) of `variance_grid`."""
+        return self._parts(jacobians, deltas[:, None] + self.deltas)
+
     def _grid_variance(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Tensor:
-        total: Tensor | None = None
+        parts = self._parts(jacobians, deltas)
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total
+
+    def _parts(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Iterator[Tensor]:
         for index, (block, jacobian) in enumerate(zip(self.blocks, jacobians, strict=True)):
             kept, rest = block.eigenvalues(deltas[:, index], self.damping)  # (G, r, k), (G, r)
             rotated = block.small.vectors.T @ block.fold(jacobian.to(kept.dtype))
@@ -174,9 +184,7 @@ class LoraKronDecomposed:
                 part = part + torch.einsum("bcer,gr->gbce", gram, rest.reciprocal())
             else:
                 part = _pairs(inner, kept.reciprocal())
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+            yield part
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Return the diagonal of ``self ** exponent``, shape (P,)."""

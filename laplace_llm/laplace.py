@@ -1,4 +1,4 @@
-"""The life of a posterior over LoRA weights: fit, tune, keep."""
+"""The life of a posterior over LoRA weights: fit and keep; tuning is in `laplace_llm.tuning`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace_llm import prior
-from laplace_llm._compat import ParametricLaplace, quiet_about_link
+from laplace_llm._compat import ParametricLaplace
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.data import check_labels, labelled, numbered
 from laplace_llm.errors import LaplaceLLMError, StateError
-from laplace_llm.prediction import LoraPredictive
 from laplace_llm.session import hosting_parent_backend
 from laplace_llm.taps import Batch, check_logits
+from laplace_llm.tuning import LoraTuned
+
+# So many training examples are kept (as the loader's batches) to look at the confidence on.
+SAMPLE_SIZE = 32
 
 
-class LoraLaplace(LoraPredictive):
+class LoraLaplace(LoraTuned):
     """What the ``"lora"`` structures share; abstract, and not registered with the parent.
 
     Takes the arguments of `LoraPosterior`.
@@ -53,6 +55,7 @@ class LoraLaplace(LoraPredictive):
             posterior stays as it was.
         """
         merge = not override and self.H is not None
+        sample: list[Batch] = []
         with self._borrowed():
             state, n_data, n_outputs = self._empty_curvature(), 0, 0
             loss = torch.zeros((), dtype=self._dtype, device=self._device)
@@ -65,6 +68,8 @@ class LoraLaplace(LoraPredictive):
                 except LaplaceLLMError as error:
                     raise numbered(error, index) from error
                 loss += summary.loss.to(loss)
+                if n_data < SAMPLE_SIZE:
+                    sample.append(x)
                 n_data, n_outputs = n_data + len(y), summary.n_outputs
             self._set_curvature(state, merge)
             weights = [tensor.weight.detach().to(self._dtype) for tensor in self.tensors]
@@ -72,6 +77,11 @@ class LoraLaplace(LoraPredictive):
             self.loss = self.loss + loss if merge else loss
         self.n_data = self.n_data + n_data if merge else n_data
         self.n_outputs = n_outputs
+        self._train_sample = sample
+        earlier = self._train_loaders if merge else []
+        # An iterator is used up now; the loader can be passed over again.
+        again = [] if train_loader is iter(train_loader) else [train_loader]
+        self._train_loaders = [*earlier, *again]
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):
@@ -82,35 +92,6 @@ class LoraLaplace(LoraPredictive):
         y = check_labels(y, logits, self.backend.likelihood == "regression")
         with hosting_parent_backend(self.model, logits.shape[1]):
             return BatchSummary(self._accumulate_parent(state, x, y), logits.shape[1])
-
-    # Tune ---------------------------------------------------------------------------------------
-
-    def optimize_prior_precision(self, *args: Any, **kwargs: Any) -> None:
-        """Tune the prior precision; the parent's arguments and defaults.
-
-        ``method='marglik'`` maximises the marginal likelihood (``prior_structure='scalar'`` or
-        ``'layerwise'``). ``method='gridsearch'`` needs a `val_loader`, makes one pass over it,
-        resets the metric for every value (the parent does not) and lets Monte-Carlo links use the
-        same random numbers for every value.
-
-        Raises
-        ------
-        NotFittedError
-            Before `fit`.
-        ValueError
-            As in the parent. After any error the prior precision is what it was.
-        """
-        self._check_H_init()
-        before = self.prior_precision
-        try:
-            with quiet_about_link():
-                super().optimize_prior_precision(*args, **kwargs)
-        except BaseException:
-            self.prior_precision = before
-            raise
-
-    def _gridsearch(self, loss: Any, interval: Tensor, val_loader: Any, **kwargs: Any) -> Tensor:
-        return prior.gridsearch(self, loss, interval, val_loader, **kwargs)
 
     # Keep ---------------------------------------------------------------------------------------
 
@@ -165,6 +146,7 @@ class LoraLaplace(LoraPredictive):
         for key in ("prior_mean", "prior_precision", "sigma_noise"):
             setattr(self, key, state_dict[key])
         self._set_curvature(curvature, merge=False)
+        self._train_loaders, self._train_sample = [], []
 
     def _curvature_state(self) -> Any:
         return self.H

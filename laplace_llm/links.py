@@ -1,11 +1,33 @@
-"""Links: from Gaussian logits to class probabilities, in closed form."""
+"""Links: from Gaussian logits to class probabilities, without random numbers."""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+
+def probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return the parent's multi-class probit: each logit scaled by its own variance.
+
+    Parameters
+    ----------
+    mean : Tensor
+        (..., C).
+    covariance : Tensor
+        (..., C, C), or (..., C) for independent logits.
+
+    Returns
+    -------
+    probabilities : Tensor
+        (..., C), summing to one.
+    """
+    own = covariance
+    if covariance.ndim > mean.ndim:
+        own = covariance.diagonal(dim1=-2, dim2=-1)
+    return torch.softmax(mean / (1 + math.pi / 8 * own).sqrt(), -1)
 
 
 def mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -39,3 +61,60 @@ def mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
     difference = mean[..., :, None] - mean[..., None, :]
     scaled = difference / (1 + math.pi / 8 * variance).sqrt()  # (..., C, C)
     return torch.softmax(-torch.logsumexp(-scaled, -1), -1)
+
+
+def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> Tensor:
+    """Return ``E[softmax(f)]`` for ``f ~ N(mean, covariance)`` by quasi-Monte Carlo integration.
+
+    The same scrambled Sobol points serve every row and every call, so the result is deterministic,
+    does not depend on the batch, and is smooth in the moments. Classes are integrated from the
+    likeliest to the unlikeliest, so that their order has no effect either.
+
+    Parameters
+    ----------
+    mean : Tensor
+        (B, C).
+    covariance : Tensor
+        (B, C, C), or (B, C) for independent logits.
+    points : int, default=1024
+        Number of points; rounded up to a power of two.
+
+    Returns
+    -------
+    probabilities : Tensor
+        (B, C), summing to one.
+    """
+    if covariance.ndim == mean.ndim:
+        covariance = torch.diag_embed(covariance)
+    order = mean.detach().argsort(dim=-1, descending=True, stable=True)
+    rows = order[:, :, None].expand_as(covariance)
+    mean = mean.gather(-1, order)
+    covariance = covariance.gather(-2, rows).gather(-1, rows.mT)
+    noise = _normal_points(mean.shape[1], points).to(mean)  # (S, C)
+    logits = mean[:, None] + noise @ _root(covariance).mT  # (B, S, C)
+    probabilities = torch.softmax(logits, -1).mean(1)
+    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Return L with ``L L^T`` the covariance, also where it is singular up to rounding."""
+    scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo().tiny)
+    jitter = 10 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps * scale
+    identity = torch.eye(covariance.shape[-1]).to(covariance)
+    root, failed = torch.linalg.cholesky_ex(covariance + jitter[:, None, None] * identity)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return root
+
+
+@lru_cache(maxsize=8)
+def _normal_points(dim: int, points: int) -> Tensor:
+    """Return the (S, C) standard normal points: the same in every run and process."""
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
+    uniform = engine.draw(2 ** math.ceil(math.log2(points)), dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+
+
+# The links that are differentiable functions of the moments alone.
+CLOSED_FORMS = {"probit": probit, "mean_field": mean_field, "qmc": quasi_monte_carlo}

@@ -18,7 +18,8 @@ JACOBIAN_BYTES = 256 * 2**20
 class Moments(NamedTuple):
     """Mean (B, C) and covariance (B, C, C) of the latent outputs.
 
-    Over a grid of prior precisions, the covariance has shape (G, B, C, C).
+    Over a grid of prior precisions, the covariance has shape (G, B, C, C), and the mean may have
+    shape (G, B, C).
     """
 
     mean: Tensor
@@ -26,7 +27,8 @@ class Moments(NamedTuple):
 
     def at(self, index: int) -> Moments:
         """Return the moments under one value of the grid."""
-        return Moments(self.mean, self.covariance[index])
+        mean = self.mean[index] if self.mean.ndim == self.covariance.ndim - 1 else self.mean
+        return Moments(mean, self.covariance[index])
 
     def to(self, device: torch.device) -> Moments:
         """Return the moments on another device (the parent's `validate` moves its inputs)."""

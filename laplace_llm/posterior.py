@@ -15,7 +15,7 @@ from laplace_llm._compat import CurvatureInterface, ParametricLaplace
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import BatchSummary, StreamingInterface
-from laplace_llm.errors import NotFittedError, PriorError
+from laplace_llm.errors import NotFittedError, OptionError, PriorError
 from laplace_llm.heads import as_classifier
 from laplace_llm.session import borrowed
 from laplace_llm.taps import Batch
@@ -202,6 +202,17 @@ class LoraPosterior(ParametricLaplace):
     @abstractmethod
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         """Return output covariances (B, C, C) from one Jacobian (B, C, out * in) a tensor."""
+
+    def _tensor_variances(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
+        """Return (G, L, B, C, C): what each tensor adds under each of G prior precisions.
+
+        Only where tensors are independent, so that the output covariance is a sum over them.
+        """
+        raise OptionError(
+            f"Expected prior_structure='scalar', as in {type(self).__name__} the variances of the "
+            "tensors do not add up. Use hessian_structure='kron' or 'diag' for a prior precision "
+            "per tensor."
+        )
 
     def _variance_grid(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
         """Return (G, B, C, C): `_variance` for each of G scalar prior precisions."""

@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.func import functional_call
 
 from laplace_llm.errors import OptionError
+from laplace_llm.links import mean_field, quasi_monte_carlo
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.posterior import LoraPosterior
 from laplace_llm.taps import Batch, check_logits
+
+_LINKS = {"mean_field": mean_field, "qmc": quasi_monte_carlo}
 
 
 class LoraPredictive(LoraPosterior):
     """A posterior over LoRA weights that answers the parent's prediction calls."""
 
-    def moments_grid(self, batch: Batch, values: Tensor) -> Moments:
+    def moments_grid(self, batch: Batch, values: Tensor, layerwise: bool = False) -> Moments:
         """Return the latent moments of a batch under G scalar prior precisions, in one pass.
 
         Parameters
@@ -27,18 +30,26 @@ class LoraPredictive(LoraPosterior):
             Model inputs.
         values : Tensor
             (G,) prior precisions.
+        layerwise : bool, default=False
+            Whether to keep the L tensors' parts apart, where tensors are independent.
 
         Returns
         -------
         moments : Moments
-            Mean (B, C) and covariances (G, B, C, C).
+            Mean (B, C) and covariances (G, B, C, C), or (G, L, B, C, C) if layerwise.
+
+        Raises
+        ------
+        OptionError
+            If layerwise, and the tensors' variances do not add up in this structure.
         """
         self._check_H_init()
         before, values = self._prior_precision, values.to(self._device, self._dtype)
+        variance = self._tensor_variances if layerwise else self._variance_grid
         try:
             with self._borrowed():
                 moments = glm_moments(
-                    self._streaming, batch, lambda j: self._variance_grid(j, values), self.n_outputs
+                    self._streaming, batch, lambda j: variance(j, values), self.n_outputs
                 )
         finally:
             self.prior_precision = before
@@ -49,7 +60,7 @@ class LoraPredictive(LoraPosterior):
         x: Batch | Moments,
         pred_type: str = "glm",
         joint: bool = False,
-        link_approx: str = "probit",
+        link_approx: str = "qmc",
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -58,8 +69,15 @@ class LoraPredictive(LoraPosterior):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch; the parent's arguments and results.
 
-        `x` may also be `Moments`, from `moments_grid`; the link is then all there is to do.
-        Unlike in the parent, `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``.
+        Unlike in the parent:
+
+        - `x` may also be `Moments`, from `moments_grid`; the link is then all there is to do;
+        - `link_approx` may be ``'qmc'``, and is by default: what ``'mc'`` converges to, without
+          its noise (`laplace_llm.links.quasi_monte_carlo`; `n_samples` has no effect on it); or
+          ``'mean_field'``, a closed form (`laplace_llm.links.mean_field`). Both take into account
+          that logits move together. The parent's default ``'probit'`` does not, and can be worse
+          than no Laplace at all;
+        - `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``.
 
         Raises
         ------
@@ -84,6 +102,11 @@ class LoraPredictive(LoraPosterior):
             if pred_type == "nn":
                 samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
                 return samples.mean(0), samples.var(0)
+        if link_approx in _LINKS:
+            if pred_type == "glm" and self._predicts_classes(fitting):
+                moments = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
+                return _LINKS[link_approx](*moments)
+            link_approx = "probit"  # what the parent expects where there is no link to take
         return super().__call__(
             x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,
             **model_kwargs,

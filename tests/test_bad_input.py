@@ -170,7 +170,7 @@ def test_construction(act, error, message):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("structure", ["gp", "low_rank", "kronecker"])
+@pytest.mark.parametrize("structure", ["gp", "lowranks", "kronecker"])
 def test_unknown_structure(structure):
     message = rf"\['diag', 'full', 'kron', 'lowrank'\].*got '{structure}'"
     assert_raises(
@@ -441,6 +441,10 @@ def tune(**kwargs: Any) -> Callable:
     return lambda la: la.optimize_prior_precision(**kwargs)
 
 
+def marglik(**kwargs: Any) -> Callable:
+    return tune(method="marglik", **kwargs)
+
+
 def grid(loader: Callable[[], Any], **kwargs: Any) -> Callable:
     kwargs = {"method": "gridsearch", "grid_size": 3, **kwargs}
     return lambda la: la.optimize_prior_precision(val_loader=loader(), **kwargs)
@@ -493,10 +497,12 @@ UNLABELLED = lambda: [without(letter_batch(3), "labels")]  # noqa: E731
         ValueError,
         "sigma_noise",
     ),
-    ("tune start negative", tune(init_prior_prec=-1.0), PriorError, r"\[-1\.0\]"),
-    ("tune method", tune(method="guess"), ValueError, "marglik and gridsearch"),
-    ("tune structure", tune(prior_structure="rows"), ValueError, "rows"),
-    ("tune per weight", tune(prior_structure="diag"), PriorError, r"1 or 8.*\(336,\)"),
+    ("tune start negative", marglik(init_prior_prec=-1.0), PriorError, r"\[-1\.0\]"),
+    ("tune method", tune(method="guess"), OptionError, "'guess'"),
+    ("tune evidence", marglik(evidence="guess"), OptionError, "'guess'"),
+    ("loo per tensor", tune(prior_structure="layerwise"), OptionError, "'layerwise'"),
+    ("tune structure", marglik(prior_structure="rows"), ValueError, "rows"),
+    ("tune per weight", marglik(prior_structure="diag"), PriorError, r"1 or 8.*\(336,\)"),
     ("grid without loader", tune(method="gridsearch"), ValueError, "validation set"),
     ("grid loss", grid(lambda: [letter_batch(3)], loss="nll"), OptionError, "loss.*'nll'"),
     ("grid empty", grid(list), DataError, "at least one batch"),

@@ -141,7 +141,7 @@ def test_marginal_likelihood_can_be_tuned(fitted):
     la, _, _ = fitted
     la.prior_precision = 1.0
     before = float(la.log_marginal_likelihood())
-    la.optimize_prior_precision(n_steps=20)
+    la.optimize_prior_precision(method="marglik", n_steps=20)
     assert float(la.log_marginal_likelihood()) > before
 
 

@@ -67,7 +67,7 @@ def contents(la: Any) -> Any:
 USES = {
     "fit": lambda la: la.fit(loader()),
     "fit more": lambda la: la.fit(loader(), override=False),
-    "marglik": lambda la: la.optimize_prior_precision(n_steps=2),
+    "marglik": lambda la: la.optimize_prior_precision(method="marglik", n_steps=2),
     "grid glm": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID),
     "grid mc": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID, **MC),
     "grid nn": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID, **NN),
@@ -84,6 +84,7 @@ each_use = pytest.mark.parametrize("use", [pytest.param(u, id=name) for name, u 
 
 
 @each_use
+@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_use(structure, use):
     model = used_model()
@@ -103,7 +104,7 @@ def test_every_backend(backend, structure):
     assert snapshot(model) == before
     la.fit(loader())
     assert snapshot(model) == before
-    la.optimize_prior_precision(n_steps=2)
+    la.optimize_prior_precision(method="marglik", n_steps=2)
     la(letter_batch(2))
     assert snapshot(model) == before
 
@@ -313,7 +314,7 @@ def test_an_error_in_the_marginal_likelihood(monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (bomb(), step(self)))
     bomb.left = 2
     with pytest.raises(KeyboardInterrupt):
-        la.optimize_prior_precision(n_steps=5)
+        la.optimize_prior_precision(method="marglik", n_steps=5)
     assert snapshot(model) == before
     assert contents(la) == earlier
 

@@ -49,3 +49,10 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
         return torch.stack([(j * v) @ j.mT for j, v in zip(jacobians, variances, strict=True)]).sum(
             0
         )
+
+    def _tensor_variances(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
+        parts = []
+        curvature = (self._H_factor * self.H).split([j.shape[-1] for j in jacobians])
+        for jacobian, precision in zip(jacobians, curvature, strict=True):
+            parts.append(torch.stack([(jacobian / (precision + v)) @ jacobian.mT for v in values]))
+        return torch.stack(parts, 1)

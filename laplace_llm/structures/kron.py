@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from laplace_llm._compat import CurvatureInterface, KronLaplace
@@ -94,6 +95,10 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
 
     def _variance_grid(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
         return (self.H * self._H_factor).variance_grid(jacobians, values)
+
+    def _tensor_variances(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
+        parts = (self.H * self._H_factor).tensor_variances(jacobians, values)
+        return torch.stack(list(parts), 1)
 
     def _curvature_state(self) -> dict[str, Any]:
         assert self.H_facs is not None

@@ -1,0 +1,220 @@
+"""The linearised model at its training examples: a Gaussian process over their outputs.
+
+With features J (the Jacobian in the ``lora_B`` weights) the linear model's outputs have the prior
+``N(b, J J^T / delta)``, where b are the outputs of the model *without* its adapter. Everything
+that tuning asks of the training data, the linear model's own mode, its evidence and its
+leave-one-out predictions, follows from the one kernel matrix ``J J^T``.
+
+``lora_A`` is left out as a fixed feature map: its prior is its own initialisation, of precision
+``3 d_in``, under which its part of the kernel is negligible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_llm.errors import PriorError
+from laplace_llm.moments import Moments
+
+
+class Mode(NamedTuple):
+    """The linear model's mode at one prior precision.
+
+    Attributes
+    ----------
+    latent : Tensor
+        (N, K) outputs at the mode.
+    dual : Tensor
+        (N, K), with ``latent = b + J J^T dual / delta``; equals the log likelihood's gradient.
+    """
+
+    latent: Tensor
+    dual: Tensor
+
+
+@dataclass(frozen=True)
+class FunctionSpace:
+    """Outputs, labels and kernel of N training examples, in float64.
+
+    Classification works in the K = C - 1 contrasts of the logits (`contrasts`), as the softmax
+    does not see what all logits share; regression in its K = C outputs themselves.
+
+    Attributes
+    ----------
+    trained : Tensor
+        (N, K) outputs of the trained model.
+    initial : Tensor
+        (N, K) outputs of the model with ``lora_B = 0``.
+    labels : Tensor
+        (N,) class indices, or (N, K) targets for regression.
+    kernel : Tensor
+        (N K, N K), ``J J^T``.
+    factor : float
+        What the log likelihood is multiplied by: 1 / temperature, over the noise variance.
+    """
+
+    trained: Tensor
+    initial: Tensor
+    labels: Tensor
+    kernel: Tensor
+    factor: float = 1.0
+
+    @property
+    def regression(self) -> bool:
+        """Whether the labels are real-valued targets."""
+        return self.labels.is_floating_point()
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """(C, K): outputs are ``latent @ basis.T``, up to what they share."""
+        k = self.trained.shape[1]
+        return torch.eye(k).to(self.trained) if self.regression else contrasts(k + 1, self.trained)
+
+    # The likelihood ------------------------------------------------------------------------------
+
+    def log_likelihood(self, latent: Tensor) -> Tensor:
+        """Return the log likelihood at outputs (N, K), summed (for regression: up to constants)."""
+        if self.regression:
+            return -0.5 * self.factor * (self.labels - latent).square().sum()
+        return -self.factor * F.cross_entropy(latent @ self.basis.T, self.labels, reduction="sum")
+
+    def _gradient(self, latent: Tensor) -> Tensor:
+        if self.regression:
+            return self.factor * (self.labels - latent)
+        p = torch.softmax(latent @ self.basis.T, -1)
+        return self.factor * (F.one_hot(self.labels, p.shape[1]) - p) @ self.basis
+
+    def _hessian_root(self, latent: Tensor) -> Tensor:
+        """Return L (N, K, K) with ``L L^T`` the negative Hessian of the log likelihood."""
+        n, k = latent.shape
+        if self.regression:
+            return self.factor**0.5 * torch.eye(k).to(latent).expand(n, k, k)
+        p = torch.softmax(latent @ self.basis.T, -1)
+        scaled = self.basis * p[:, :, None].sqrt()  # (N, C, K)
+        shared = p[:, None] @ self.basis  # (N, 1, K)
+        hessian = scaled.mT @ scaled - shared.mT @ shared
+        # Of a class whose probability rounds to 0 or 1, rounding is all that is left.
+        values, vectors = torch.linalg.eigh(hessian)
+        return vectors * (self.factor * values.clamp_min(0)).sqrt()[:, None]
+
+    # The linear model ----------------------------------------------------------------------------
+
+    def mode(self, delta: float, start: Mode | None = None, steps: int = 100) -> Mode:
+        """Return the mode under prior precision `delta`, by Newton's method in the dual.
+
+        Source: Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006,
+        algorithm 3.3, with a prior mean and step halving.
+
+        Parameters
+        ----------
+        delta : float
+            Prior precision of the ``lora_B`` weights.
+        start : Mode, optional
+            Where to start from; default: the prior mean.
+        steps : int, default=100
+            At most so many Newton steps.
+
+        Raises
+        ------
+        PriorError
+            If the iteration does not converge.
+        """
+        n, k = self.trained.shape
+        dual = torch.zeros_like(self.trained) if start is None else start.dual
+        latent, energy = self._at(dual, delta)
+        for _ in range(steps):
+            root = self._hessian_root(latent)
+            weighted = root @ (root.mT @ (latent - self.initial)[:, :, None])
+            rhs = weighted[:, :, 0] + self._gradient(latent)
+            factor = self._cholesky(root, delta)
+            # a = rhs - S (I + S^T K S)^-1 S^T K rhs, with K = J J^T / delta and S the root.
+            image = (self.kernel @ rhs.flatten() / delta).view(n, k, 1)
+            inner = torch.cholesky_solve((root.mT @ image).view(-1, 1), factor).view(n, k, 1)
+            direction = rhs - (root @ inner)[:, :, 0] - dual
+            for halving in range(40):
+                trial = dual + 0.5**halving * direction
+                latent, lower = self._at(trial, delta)
+                if bool(lower <= energy):
+                    break
+            else:  # no step lowers it any more: converged to rounding
+                return Mode(self._at(dual, delta)[0], dual)
+            change, dual, energy = energy - lower, trial, lower
+            if bool(change <= 1e-10 * (1 + energy.abs())):
+                return Mode(latent, dual)
+        raise PriorError(f"The linear model's mode did not converge at prior precision {delta:g}.")
+
+    def _at(self, dual: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+        """Return the outputs at `dual` and their negative log joint density."""
+        shift = (self.kernel @ dual.flatten() / delta).view_as(dual)
+        latent = self.initial + shift
+        return latent, 0.5 * (dual * shift).sum() - self.log_likelihood(latent)
+
+    def _cholesky(self, root: Tensor, delta: float) -> Tensor:
+        """Return the Cholesky factor of ``I + S^T K S / delta``."""
+        inner = self._between(root) / delta
+        inner.diagonal().add_(1)
+        return torch.linalg.cholesky(inner)
+
+    def _between(self, root: Tensor) -> Tensor:
+        """Return ``S^T J J^T S`` (N K, N K) for the block-diagonal S of `root`."""
+        n, k = self.trained.shape
+        right = (self.kernel.view(-1, n, k).transpose(0, 1) @ root).transpose(0, 1)
+        return (root.mT @ right.reshape(n, k, -1)).reshape(n * k, n * k)
+
+    def log_evidence(self, delta: float, start: Mode | None = None) -> tuple[Tensor, Mode]:
+        """Return Laplace's log evidence at the linear model's own mode, and that mode.
+
+        Source: Antoran et al., *Adapting the Linearised Laplace Model Evidence for Modern Deep
+        Learning*, ICML 2022.
+        """
+        mode = self.mode(delta, start)
+        factor = self._cholesky(self._hessian_root(mode.latent), delta)
+        return -self._at(mode.dual, delta)[1] - factor.diagonal().log().sum(), mode
+
+    def leave_one_out(self, mode: Mode, delta: float) -> Moments:
+        """Return what the linear model says of each example from all the others.
+
+        The example's likelihood is taken out of the Gaussian around `mode`, to first order:
+        ``V_-i = V_i (I - W_i V_i)^-1`` and ``m_-i = f_i - V_-i r_i``.
+
+        Parameters
+        ----------
+        mode : Mode
+            Where the Gaussian is; it need not belong to `delta`.
+        delta : float
+            Prior precision of the covariances.
+
+        Returns
+        -------
+        moments : Moments
+            Mean (N, C) and covariance (N, C, C) of the outputs.
+        """
+        n, k = self.trained.shape
+        root = self._hessian_root(mode.latent)
+        factor = self._cholesky(root, delta)
+        right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1) / delta  # S^T K
+        half = torch.linalg.solve_triangular(factor, right, upper=False).view(n * k, n, k)
+        blocks = self.kernel.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1) / delta
+        variance = blocks - torch.einsum("mnk,mnl->nkl", half, half)
+        # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step.
+        moved = root.mT @ variance
+        inner = torch.eye(k).to(moved) - moved @ root
+        cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
+        cavity = (cavity + cavity.mT) / 2
+        mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
+        return Moments(mean @ self.basis.T, self.basis @ cavity @ self.basis.T)
+
+
+def contrasts(classes: int, like: Tensor) -> Tensor:
+    """Return Helmert's orthonormal contrasts (C, C - 1): a basis of what sums to zero."""
+    counts = torch.arange(1, classes, device=like.device)
+    above = torch.arange(classes, device=like.device)[:, None] < counts
+    matrix = above.to(like)
+    matrix[counts, counts - 1] = -counts.to(like)
+    return matrix / (counts * (counts + 1)).to(like).sqrt()

@@ -1,0 +1,118 @@
+"""The kernel of training examples: one pass over the data, from taps to a `FunctionSpace`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from laplace_llm import taps
+from laplace_llm.adapters import LoraTensor, find_lora_tensors
+from laplace_llm.data import check_labels, labelled, numbered
+from laplace_llm.errors import LaplaceLLMError
+from laplace_llm.function_space import FunctionSpace, contrasts
+from laplace_llm.session import borrowed
+from laplace_llm.sketch import test_matrix
+from laplace_llm.taps import Batch, Taps
+
+if TYPE_CHECKING:
+    from laplace_llm.posterior import LoraPosterior
+
+# The output side of lora_B is projected to this many random directions where it is longer, so
+# that a feature vector takes L * width * r numbers however wide the model is.
+FEATURE_WIDTH = 64
+# Newton's method is cubic in the number of outputs N (C - 1); beyond this many, the first
+# examples of the loader stand for all.
+MAX_OUTPUTS = 3000
+
+
+def training_space(
+    la: LoraPosterior, train_loader: Iterable[Any], progress_bar: bool = False
+) -> FunctionSpace:
+    """Return the function space of the training examples, from one pass over them.
+
+    Costs one forward pass without the adapter, one with it and C - 1 backward passes a batch.
+    The kernel is exact where ``lora_B`` has no more than 64 outputs; beyond, each tensor's
+    features are projected by a fixed Gaussian matrix (Johnson and Lindenstrauss), which leaves
+    the kernel unbiased, with an error of about ``sqrt(k_ii k_jj / (64 L))`` for L tensors.
+
+    Parameters
+    ----------
+    la : LoraPosterior
+        Its model, adapter and likelihood are used, not its curvature.
+    train_loader : Iterable
+        Labelled batches.
+    progress_bar : bool, default=False
+        Whether to show one.
+
+    Raises
+    ------
+    DataError
+        As in `fit`.
+    """
+    tensors = find_lora_tensors(la.model, la.adapter, "B")
+    regression = la.likelihood == "regression"
+    trained, initial, labels, features = [], [], [], []
+    count = 0
+    with borrowed(la.model, [tensor.weight for tensor in tensors]):
+        batches = labelled(
+            train_loader, la.dict_key_y, la._device, "[Training kernel]", progress_bar
+        )
+        for index, (x, y) in enumerate(batches):
+            run = taps.forward(la.model, tensors, x)
+            logits = run.logits.detach().double()
+            try:
+                labels.append(check_labels(y, logits, regression))
+            except LaplaceLLMError as error:
+                raise numbered(error, index) from error
+            classes = logits.shape[1]
+            basis = torch.eye(classes).to(logits) if regression else contrasts(classes, logits)
+            trained.append(logits @ basis)
+            initial.append(_without_adapter(la.model, tensors, x).double() @ basis)
+            features.append(_features(run, basis, la._dtype))
+            count += basis.shape[1] * len(logits)
+            if count >= MAX_OUTPUTS:
+                break
+    return FunctionSpace(
+        torch.cat(trained),
+        torch.cat(initial),
+        torch.cat(labels),
+        _gram(torch.cat(features).flatten(0, 1)),
+        float(la._H_factor),
+    )
+
+
+def _without_adapter(model: torch.nn.Module, tensors: list[LoraTensor], x: Batch) -> Tensor:
+    """Return the outputs under ``lora_B = 0``, which is how PEFT initialises it."""
+    zeros = {tensor.name: torch.zeros_like(tensor.weight) for tensor in tensors}
+    with torch.no_grad():
+        return functional_call(model, zeros, (x,))
+
+
+def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the features (B, K, F) of a batch."""
+    columns = []
+    for index, contrast in enumerate(basis.T):
+        cotangent = contrast.to(run.logits).expand_as(run.logits)
+        parts = []
+        gradients = run.backward(cotangent, last=index == basis.shape[1] - 1)
+        for gradient, inputs in zip(gradients, run.inputs, strict=True):
+            gradient = gradient.to(dtype)
+            if gradient.shape[-1] > FEATURE_WIDTH:
+                omega = test_matrix(gradient.shape[-1], FEATURE_WIDTH, dtype, gradient.device)
+                gradient = gradient @ omega / math.sqrt(FEATURE_WIDTH)
+            parts.append((gradient.mT @ inputs.to(dtype)).flatten(1))
+        columns.append(torch.cat(parts, 1))
+    return torch.stack(columns, 1)
+
+
+def _gram(features: Tensor, columns: int = 8192) -> Tensor:
+    """Return ``F F^T`` in float64, a few columns at a time: its small eigenvalues matter."""
+    total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+    for part in features.split(columns, 1):
+        total += part.double() @ part.double().T
+    return total

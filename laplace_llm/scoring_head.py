@@ -1,0 +1,131 @@
+"""The head that scores choices by the log-probabilities of their own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laplace_llm import packing
+from laplace_llm.causal_heads import CausalHead, check_same_shape, entry, ids_and_mask
+from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
+from laplace_llm.heads import at_least_float32
+
+
+class ChoiceScoringHead(CausalHead):
+    """Log-probability of each choice's own tokens after the question.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+    normalization : {'sum', 'mean'}, default='sum'
+        Whether a choice's token log-probabilities are added or averaged.
+
+    Raises
+    ------
+    OptionError
+        If the model is not a causal language model, or `normalization` is unknown.
+    UnsupportedLayerError
+        If lm_head carries an adapter.
+    """
+
+    def __init__(self, model: nn.Module, normalization: Literal["sum", "mean"] = "sum") -> None:
+        super().__init__(model)
+        if normalization not in ("sum", "mean"):
+            raise OptionError(f"Expected normalization='sum' or 'mean', but got {normalization!r}.")
+        if isinstance(self._causal.get_output_embeddings(), LoraLayer):
+            raise UnsupportedLayerError(
+                "ChoiceScoringHead does not support an adapter on lm_head yet. Leave lm_head out "
+                "of LoraConfig(target_modules=...), or use MultipleChoiceHead."
+            )
+        self.normalization = normalization
+
+    def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
+        """Return the choices' scores (B, C) in float32 or better.
+
+        Parameters
+        ----------
+        batch : MutableMapping
+            Of `ChoiceScoringCollator`. One sequence a choice: ``input_ids``, ``attention_mask``
+            and ``choice_mask`` of shape (B, C, T); the last marks the tokens of the choice itself.
+            Or packed, one sequence a question, told by its ``choice_ids``: these, ``input_ids``,
+            ``attention_mask`` and ``position_ids`` of shape (B, S).
+
+        Raises
+        ------
+        DataError
+            If an input is missing or of another shape, or a choice has no token to score.
+        OptionError
+            If a batch is packed and the model's attention is neither sdpa nor eager.
+        UnsupportedLayerError
+            If a batch is packed and the model would not keep the choices apart.
+        """
+        packed = isinstance(batch, MutableMapping) and "choice_ids" in batch
+        targets = self._packed(batch) if packed else self._separate(batch)
+        n_rows, n_choices = targets.shape
+        row, position = targets.chosen.nonzero(as_tuple=True)
+        source, choice = targets.source[row, position], targets.choice[row, position]
+        counts = torch.bincount(choice, minlength=n_rows * n_choices)
+        if bool((counts == 0).any() | (source < 0).any()):
+            raise DataError(
+                "Expected every choice to have at least one token, and a real token before each, "
+                f"but a {'choice of choice_ids' if packed else 'choice_mask'} is empty or begins "
+                "at the first token of its row."
+            )
+        features = self._hidden(targets.ids, targets.mask, targets.positions)[row, source]
+        logits = self._finish(at_least_float32(self._causal.get_output_embeddings()(features)))
+        tokens = targets.ids[row, position].to(logits.device)
+        log_probs = -F.cross_entropy(logits, tokens, reduction="none")
+        scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(logits.device), log_probs)
+        if self.normalization == "mean":
+            scores = scores / counts.to(scores)
+        return scores.view(n_rows, n_choices)
+
+    def _separate(self, batch: MutableMapping[str, Any]) -> _Targets:
+        ids, mask = ids_and_mask(batch, 3, self._device)
+        chosen = entry(batch, "choice_mask", 3, self._device).bool()
+        check_same_shape("choice_mask", chosen, ids)
+        n_rows, n_choices, length = ids.shape
+        ids, mask, chosen = ids.flatten(0, 1), mask.flatten(0, 1), chosen.flatten(0, 1)
+        # A token is predicted from the one before it, which must be real.
+        before = torch.arange(-1, length - 1, device=ids.device)
+        source = torch.where(mask.bool().roll(1, -1), before, -1)
+        choice = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+        shape = (n_rows, n_choices)
+        return _Targets(ids, mask, None, chosen & mask.bool(), source, choice, shape)
+
+    def _packed(self, batch: MutableMapping[str, Any]) -> _Targets:
+        packing.check_packable(self._causal)
+        ids, mask = ids_and_mask(batch, 2, self._device)
+        choices = entry(batch, "choice_ids", 2, self._device)
+        positions = entry(batch, "position_ids", 2, self._device)
+        check_same_shape("choice_ids", choices, ids)
+        check_same_shape("position_ids", positions, ids)
+        seen = packing.visible(choices, mask)
+        attention = packing.additive(seen, self._causal.get_input_embeddings().weight.dtype)
+        chosen = (choices >= 0) & mask.bool()
+        n_choices = max(1, int(choices.max()) + 1)
+        choice = torch.arange(len(ids), device=ids.device)[:, None] * n_choices + choices
+        source, shape = packing.predecessors(seen), (len(ids), n_choices)
+        return _Targets(ids, attention, positions, chosen, source, choice, shape)
+
+
+class _Targets(NamedTuple):
+    """What goes into the model, and the tokens (R, T) to score.
+
+    A `chosen` token is predicted at position `source` of its row (none if negative), and its
+    log-probability counts for `choice`, one of B * C.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor | None
+    chosen: Tensor
+    source: Tensor
+    choice: Tensor
+    shape: tuple[int, int]

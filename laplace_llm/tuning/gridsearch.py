@@ -1,0 +1,174 @@
+"""Grid search over validation data, in one pass, and the score that every grid shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_llm._compat import validate
+from laplace_llm.data import check_labels, labelled, numbered
+from laplace_llm.errors import DataError, OptionError, PriorError
+from laplace_llm.moments import Moments
+from laplace_llm.taps import Batch
+
+if TYPE_CHECKING:
+    from laplace_llm.prediction import LoraPredictive
+
+
+def gridsearch(
+    la: LoraPredictive,
+    loss: Any,
+    interval: Tensor,
+    val_loader: Any,
+    pred_type: str,
+    link_approx: str,
+    n_samples: int = 100,
+    progress_bar: bool = False,
+) -> Tensor:
+    """Return the scalar prior precision with the lowest validation loss.
+
+    For the GLM predictive, one pass over the data gives the latent moments under all values of
+    the grid. Losses mean what they mean in the parent (`laplace.utils.utils.validate`), except
+    that a torchmetrics metric is reset before every value.
+
+    Parameters
+    ----------
+    la : LoraLaplace
+        A fitted posterior; its prior precision is left as it was.
+    loss : torchmetrics.Metric or Callable
+        As in the parent.
+    interval : Tensor
+        (G,) prior precisions.
+    val_loader : Iterable
+        Labelled batches.
+    pred_type, link_approx, n_samples, progress_bar
+        As in the parent.
+
+    Raises
+    ------
+    PriorError
+        If no value has a finite loss.
+    DataError
+        If the loader is empty or has no labels.
+    """
+    check_grid(loss, interval)
+    if pred_type == "glm":
+        batches = _moments(la, interval, val_loader, progress_bar)
+        return best_on_moments(la, loss, interval, batches, link_approx, n_samples)
+    _check_labels(la, val_loader)
+    return _best(
+        la, loss, interval, lambda _: val_loader, pred_type, link_approx, n_samples, progress_bar
+    )
+
+
+def check_grid(loss: Any, interval: Tensor) -> None:
+    """Raise OptionError unless there is something to compare, and something to compare it by."""
+    if not callable(loss):
+        raise OptionError(f"Expected loss to be a metric or a function, but got {loss!r}.")
+    if not len(interval):
+        raise OptionError("Expected grid_size >= 1, but the grid is empty.")
+
+
+def best_on_moments(
+    la: LoraPredictive,
+    loss: Any,
+    interval: Tensor,
+    batches: Sequence[tuple[Moments, Tensor]],
+    link_approx: str,
+    n_samples: int = 100,
+) -> Tensor:
+    """Return the prior precision of the grid with the lowest loss, given the moments.
+
+    Parameters
+    ----------
+    la, loss, interval, link_approx, n_samples
+        See `gridsearch`.
+    batches : Sequence[tuple[Moments, Tensor]]
+        Moments over the grid, and labels.
+    """
+
+    def at(index: int) -> list[tuple[Moments, Tensor]]:
+        return [(moments.at(index), y) for moments, y in batches]
+
+    return _best(la, loss, interval, at, "glm", link_approx, n_samples, False)
+
+
+def _best(
+    la: LoraPredictive,
+    loss: Any,
+    interval: Tensor,
+    data: Callable[[int], Any],
+    pred_type: str,
+    link_approx: str,
+    n_samples: int,
+    progress_bar: bool,
+) -> Tensor:
+    """Return the value of the grid with the lowest loss on its data."""
+    before, results = la.prior_precision, []
+    devices = [la._device] if la._device.type == "cuda" else []
+    try:
+        for index, value in enumerate(
+            tqdm(interval, desc="[Grid search]", disable=not progress_bar)
+        ):
+            la.prior_precision = value
+            if hasattr(loss, "reset"):
+                loss.reset()
+            # The same random numbers for every value, so that their order is not left to chance.
+            with la._borrowed(), torch.random.fork_rng(devices):
+                result = validate(
+                    la,
+                    data(index),
+                    loss,
+                    pred_type=pred_type,
+                    link_approx=link_approx,
+                    n_samples=n_samples,
+                    dict_key_y=la.dict_key_y,
+                )
+            results.append(result if math.isfinite(result) else math.inf)
+    finally:
+        la.prior_precision = before
+    best = min(range(len(results)), key=results.__getitem__)
+    if math.isinf(results[best]):
+        raise PriorError(
+            f"Expected a finite loss for at least one of {len(results)} prior precisions between "
+            f"{float(interval[0]):g} and {float(interval[-1]):g}, but there is none. Check the "
+            "labels, or use link_approx='mc'."
+        )
+    return interval[best]
+
+
+def _moments(
+    la: LoraPredictive, interval: Tensor, loader: Any, progress_bar: bool
+) -> list[tuple[Moments, Tensor]]:
+    """Return the moments (G, B, C, C) and labels of every batch."""
+    results = []
+    for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
+        moments = la.moments_grid(x, interval)
+        results.append((moments, _checked(la, y, moments.mean, index)))
+    return results
+
+
+def _check_labels(la: LoraPredictive, loader: Any) -> None:
+    """Check the labels of a loader that is to be passed over again for every value."""
+    for index, (_, y) in enumerate(_labelled(la, loader, False)):
+        if y.ndim == 0:
+            raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
+        _checked(la, y, y.new_zeros(len(y), la.n_outputs, dtype=torch.float32), index)
+
+
+def _labelled(
+    la: LoraPredictive, loader: Any, progress_bar: bool
+) -> Iterator[tuple[Batch, Tensor]]:
+    return labelled(loader, la.dict_key_y, la._device, "[Grid search: one pass]", progress_bar)
+
+
+def _checked(la: LoraPredictive, labels: Tensor, outputs: Tensor, index: int) -> Tensor:
+    try:
+        return check_labels(labels, outputs, la.likelihood == "regression")
+    except DataError as error:
+        raise numbered(error, index) from error

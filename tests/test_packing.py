@@ -1,0 +1,383 @@
+"""Packed choices: one sequence a question gives what one sequence a choice gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    HIDDEN,
+    VOCABULARY,
+    WORDS,
+    bruteforce_jacobians,
+    letter_head,
+    scoring_head,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_tokenizer,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from laplace_llm import ChoiceScoringCollator, StreamingEF, StreamingGGN
+from laplace_llm import Laplace as LoraLaplace
+from laplace_llm.adapters import find_lora_tensors
+from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
+from laplace_llm.packing import additive, predecessors, visible
+
+CAUSAL = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}
+each_causal = pytest.mark.parametrize("build", CAUSAL.values(), ids=CAUSAL.keys())
+each_side = pytest.mark.parametrize("side", ["right", "left"])
+
+
+def random_rows(n: int, choices: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+    """Return questions of one to nine words with choices of one to four."""
+    generator = torch.Generator().manual_seed(seed)
+    words = [word for word in WORDS if word.isalpha()]
+
+    def text(longest: int) -> str:
+        size = int(torch.randint(1, longest + 1, (), generator=generator))
+        picks = torch.randint(len(words), (size,), generator=generator)
+        return " ".join(words[i] for i in picks)
+
+    return [
+        {"question": text(9), "choices": [text(4) for _ in range(choices)], "answer": i % choices}
+        for i in range(n)
+    ]
+
+
+def separate(rows: list[dict[str, Any]], side: str = "right") -> dict[str, Tensor]:
+    return dict(ChoiceScoringCollator(tiny_tokenizer(side))(rows))
+
+
+def packed(rows: list[dict[str, Any]], side: str = "right", extra: int = 0) -> dict[str, Tensor]:
+    """Return a packed batch with `extra` columns of padding, of token 7, on its side."""
+    batch = dict(ChoiceScoringCollator(tiny_tokenizer(side), packed=True)(rows))
+    columns = (extra, 0) if side == "left" else (0, extra)
+    fill = {"input_ids": 7, "attention_mask": 0, "choice_ids": -1, "position_ids": 0}
+    return {k: F.pad(v, columns, value=fill[k]) if k in fill else v for k, v in batch.items()}
+
+
+# The collator -------------------------------------------------------------------------------------
+
+ROW = {"question": "what is red ?", "choices": ["the sky", "snow"], "answer": 1}
+SHORT = {"question": "what ?", "choices": ["sea", "grass"], "answer": 0}
+
+
+@each_side
+def test_a_packed_row_is_the_question_and_each_choice(side):
+    tokenizer = tiny_tokenizer(side, bos=True, eos=True)
+    batch = ChoiceScoringCollator(tokenizer, packed=True)([ROW, SHORT])
+    entries = ("input_ids", "attention_mask", "choice_ids", "position_ids", "labels")
+    assert set(batch) == set(entries)
+    texts = [
+        tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert [" ".join(text) for text in texts] == [
+        "<s> Question : what is red ? Answer : the sky snow",
+        "<s> Question : what ? Answer : sea grass",
+    ]
+    padding = [-1, -1, -1]
+    first, second = [-1] * 9 + [0, 0, 1], [-1] * 7 + [0, 1]
+    second = padding + second if side == "left" else second + padding
+    assert batch["choice_ids"].tolist() == [first, second]
+    first, second = [*range(9), 9, 10, 9], [*range(7), 7, 7]
+    second = [0, 0, 0, *second] if side == "left" else [*second, 0, 0, 0]
+    assert batch["position_ids"].tolist() == [first, second]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_choices_are_not_packed_unless_asked():
+    assert "choice_mask" in ChoiceScoringCollator(tiny_tokenizer())([ROW])
+
+
+def test_packed_rows_need_the_same_number_of_choices_too():
+    odd = {"question": "what ?", "choices": ["red"], "answer": 0}
+    with pytest.raises(DataError, match=r"same number of choices, but got \[1, 2\]"):
+        ChoiceScoringCollator(tiny_tokenizer(), packed=True)([ROW, odd])
+
+
+# Who sees whom ------------------------------------------------------------------------------------
+
+
+def test_a_token_sees_the_question_and_its_own_choice():
+    choice_ids = torch.tensor([[-1, -1, -1, 0, 0, 1, -1]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0]])
+    seen = visible(choice_ids, mask)
+    assert [torch.nonzero(row).flatten().tolist() for row in seen[0]] == [
+        *([0], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 5], [1, 2, 6]),
+    ]
+    assert predecessors(seen).tolist() == [[-1, -1, 1, 2, 3, 2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_additive_mask_takes_what_is_not_seen_out_of_a_softmax(dtype):
+    seen = visible(torch.tensor([[-1, 0, 1]]), torch.ones(1, 3))
+    mask = additive(seen, dtype)
+    assert mask.shape == (1, 1, 3, 3)
+    assert mask.dtype == dtype
+    weights = torch.softmax(torch.randn(1, 1, 3, 3).to(dtype) + mask, -1)
+    assert bool((weights[:, 0][~seen] == 0).all() & (weights[:, 0][seen] > 0).all())
+
+
+# Scores and gradients -----------------------------------------------------------------------------
+
+
+@each_causal
+@each_side
+@pytest.mark.parametrize("normalization", ["sum", "mean"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_scores_equal_separate_ones(build, side, normalization, attention):
+    model, rows = build(), random_rows(4)
+    model.get_base_model().config._attn_implementation = attention
+    head = scoring_head(model, normalization)
+    # On the left, transformers' eager attention turns separate rows' padding to NaN in float64.
+    expected = head(separate(rows, side if attention == "sdpa" else "right"))
+    torch.testing.assert_close(head(packed(rows, side)), expected)
+    torch.testing.assert_close(head(packed(rows, side, extra=3)), expected)
+    alone = torch.cat([head(packed([row], side)) for row in rows])
+    torch.testing.assert_close(alone, expected)
+
+
+def test_one_choice_and_many_are_scored_too():
+    head = scoring_head()
+    for choices in (1, 7):
+        rows = random_rows(2, choices)
+        torch.testing.assert_close(head(packed(rows)), head(separate(rows)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_scores_are_close(dtype):
+    rows, head = random_rows(4), scoring_head(dtype=dtype)
+    scores = head(packed(rows, "left"))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, head(separate(rows, "left")), rtol=0.05, atol=0.1)
+
+
+def test_adapters_in_float32_on_a_bfloat16_base_can_be_packed():
+    model, rows = tiny_llama(dtype=torch.bfloat16), random_rows(3)
+    for tensor in find_lora_tensors(model):
+        tensor.weight.data = tensor.weight.data.float()
+    head = scoring_head(model)
+    torch.testing.assert_close(head(packed(rows)), head(separate(rows)), rtol=0.05, atol=0.1)
+
+
+def gradients(head: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = find_lora_tensors(head)
+    head.zero_grad()
+    F.cross_entropy(head(batch), batch["labels"]).backward()
+    return {tensor.name: tensor.weight.grad.clone() for tensor in tensors}
+
+
+@each_causal
+@each_side
+def test_packed_gradients_equal_separate_ones(build, side):
+    head, rows = scoring_head(build()), random_rows(4)
+    actual, expected = gradients(head, packed(rows, side)), gradients(head, separate(rows, side))
+    torch.testing.assert_close(actual, expected)
+    assert all(bool(gradient.abs().sum() > 0) for gradient in actual.values())
+
+
+# Curvature ----------------------------------------------------------------------------------------
+
+
+@each_causal
+@each_side
+def test_packed_jacobians_equal_separate_ones(build, side):
+    head, rows = scoring_head(build()), random_rows(3)
+    backend = StreamingGGN(head, "classification")
+    blocks, logits = backend.jacobian_blocks(packed(rows, side))
+    expected, expected_logits = backend.jacobian_blocks(separate(rows, side))
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(blocks, expected)
+    oracle = bruteforce_jacobians(head, separate(rows, side), find_lora_tensors(head))
+    torch.testing.assert_close(torch.cat([b.flatten(2) for b in blocks], -1), oracle)
+
+
+@each_side
+@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("backend", [StreamingGGN, StreamingEF])
+def test_packed_full_and_diagonal_posteriors_equal_separate_ones(side, structure, backend):
+    head, rows = scoring_head(tiny_llama(targets=("v_proj",))), random_rows(4)
+    fits = []
+    for batch in (packed(rows, side), separate(rows, side)):
+        la = LoraLaplace(head, "classification", "lora", structure, backend=backend)
+        la.fit([batch])
+        fits.append(la)
+    torch.testing.assert_close(fits[0].H, fits[1].H)
+
+
+@each_side
+@pytest.mark.parametrize("approx", ["reduce", "expand"])
+def test_padding_changes_no_kronecker_posterior(side, approx):
+    head, rows = scoring_head(), random_rows(4)
+    test = packed(random_rows(3, seed=1), side)
+    fits, batches = [], (packed(rows, side), packed(rows, side, extra=5))
+    for batch in batches:
+        options = {"kfac_approx": approx}
+        la = LoraLaplace(head, "classification", "lora", "kron", backend_kwargs=options)
+        la.fit([batch])
+        fits.append(la)
+    plain, padded = fits
+    torch.testing.assert_close(padded.log_marginal_likelihood(), plain.log_marginal_likelihood())
+    torch.testing.assert_close(padded(test), plain(test))
+
+
+# What cannot be packed ----------------------------------------------------------------------------
+
+
+def with_lora(model: nn.Module, *targets: str) -> PeftModel:
+    config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+    return get_peft_model(model, config).double().eval()
+
+
+def llama_shape(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        **kwargs,
+    }
+
+
+def test_other_models_of_full_attention_are_packed():
+    model = with_lora(
+        MistralForCausalLM(MistralConfig(**llama_shape(sliding_window=None))), "v_proj"
+    )
+    head, rows = scoring_head(model), random_rows(3)
+    torch.testing.assert_close(head(packed(rows)), head(separate(rows)), rtol=1e-5, atol=1e-5)
+
+
+def windows() -> PeftModel:
+    config = MistralConfig(**llama_shape(sliding_window=4))
+    return with_lora(MistralForCausalLM(config), "v_proj")
+
+
+def some_windows() -> PeftModel:
+    config = Gemma2Config(**llama_shape(head_dim=8, sliding_window=4))
+    return with_lora(Gemma2ForCausalLM(config), "v_proj")
+
+
+def recurrent() -> PeftModel:
+    config = BambaConfig(
+        **llama_shape(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+    )
+    return with_lora(BambaForCausalLM(config), "v_proj")
+
+
+def without_positions() -> PeftModel:
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=1, n_head=2)
+    return with_lora(BloomForCausalLM(config), "query_key_value")
+
+
+def with_alibi() -> PeftModel:
+    config = FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        alibi=True,
+    )
+    return with_lora(FalconForCausalLM(config), "query_key_value")
+
+
+def local() -> PeftModel:
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    )
+    return with_lora(GPTNeoForCausalLM(config), "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (windows, "MistralForCausalLM attends to windows of 4 tokens"),
+        (some_windows, "Gemma2ForCausalLM .*(sliding|windows)"),
+        (recurrent, "BambaForCausalLM has recurrent layers"),
+        (without_positions, "BloomForCausalLM takes no position_ids"),
+        (with_alibi, "FalconForCausalLM has attention of its own"),
+        (local, "GPTNeoForCausalLM has attention of its own"),
+    ],
+)
+def test_models_that_would_mix_choices_are_refused(build: Callable[[], PeftModel], reason: str):
+    head, rows = scoring_head(build()), random_rows(2)
+    with pytest.raises(UnsupportedLayerError, match=rf"{reason}.*packed=False"):
+        head(packed(rows))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_takes_no_such_mask_is_refused(attention):
+    model = tiny_llama()
+    model.get_base_model().config._attn_implementation = attention
+    with pytest.raises(OptionError, match=rf"'sdpa' or 'eager'.*'{attention}'.*packed=False"):
+        scoring_head(model)(packed(random_rows(2)))
+
+
+# Bad batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["input_ids", "attention_mask", "position_ids"])
+def test_a_missing_entry_is_named(missing):
+    head, batch = scoring_head(), packed([ROW])
+    expected = head(batch)
+    del batch[missing]
+    if missing == "attention_mask":  # all tokens are real
+        torch.testing.assert_close(head(batch), expected)
+        return
+    with pytest.raises(DataError, match=missing):
+        head(batch)
+
+
+@pytest.mark.parametrize("key", ["attention_mask", "choice_ids", "position_ids"])
+def test_entries_of_another_shape_are_refused(key):
+    batch = packed([ROW])
+    batch[key] = batch[key][:, 1:]
+    with pytest.raises(DataError, match=rf"{key}.*shape of input_ids"):
+        scoring_head()(batch)
+
+
+def test_a_choice_without_tokens_is_refused():
+    batch = packed([ROW, ROW])
+    batch["choice_ids"][1][batch["choice_ids"][1] == 1] = 0
+    with pytest.raises(DataError, match="choice of choice_ids is empty"):
+        scoring_head()(batch)
+
+
+def test_a_choice_without_a_question_is_refused():
+    batch = packed([ROW])
+    batch["choice_ids"][batch["choice_ids"] == -1] = 0
+    with pytest.raises(DataError, match="begins at the first token"):
+        scoring_head()(batch)
+
+
+def test_letters_refuse_packed_choices():
+    with pytest.raises(DataError, match="got packed choices"):
+        letter_head()(packed([ROW]))
