@@ -56,8 +56,8 @@ class LowRankPrecision:
             return torch.einsum("l,lmn->mn", deltas.reciprocal(), grams)
         total = deltas.new_zeros(self.ggn.rank, self.ggn.rank)
         for (start, stop), delta in zip(self.ggn.blocks(), self._per_tensor(), strict=True):
-            columns = self.ggn.store.columns_of(start, stop)
-            total = total + ((columns / delta) @ columns.T).double()
+            columns = self.ggn.store.columns_of(start, stop).double()
+            total = total + (columns / delta) @ columns.T
         return total
 
     def _per_tensor(self) -> Sequence[Tensor]:
@@ -81,20 +81,14 @@ class LowRankPrecision:
             values = values / self.deltas.double()
         else:
             values, vectors = torch.linalg.eigh(self._whitened_gram())
-        # Below the rounding of the stored rows there is no direction left, only noise.
-        floor = torch.finfo(self.ggn.store.dtype).eps * values.detach().amax().clamp_min(0)
-        keep = values > floor * len(values) if len(values) else values.bool()
+        # Below is only noise: the Gram's rounding, or that of products with R' / sqrt(s).
+        eps = max(torch.finfo(self.ggn.store.dtype).eps ** 1.5, torch.finfo(values.dtype).eps)
+        keep = values > eps * len(values) * values.detach()[-1:].clamp_min(0)
         return values[keep], vectors[:, keep]
 
     def logdet_ratio(self) -> Tensor:
         """Return ``log det P - log det D`` in float64, differentiable in deltas and factor."""
-        if not self.ggn.rank:
-            return self.deltas.double().sum() * 0
-        if self._spectrum is not None and len(self.deltas) == 1:
-            values = self._spectrum[0].clamp_min(0)
-            return (self.factor * values / self.deltas.double()).log1p().sum()
-        gram = self._whitened_gram()
-        return torch.logdet(torch.eye(len(gram)).to(gram) + self.factor * gram)
+        return (self.factor * self.spectrum()[0]).log1p().sum()
 
     def variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         """Return ``J P^-1 J^T`` (B, C, C) from one Jacobian a tensor, (B, C, out * in)."""

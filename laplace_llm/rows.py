@@ -56,16 +56,19 @@ class RowStore:
         if self._file is None or rows == 0:
             device = "cpu" if self.factors_on else self.device
             return torch.empty(rows, self.columns, dtype=self.dtype, device=device)
-        # The file only ever grows, so that what is in it stays.
+        # The file only ever grows, so that what is in it stays. It is made to grow here, as
+        # from_file would write a zero over its first byte.
         size = rows * self.columns
+        with self._file.open("ab") as file:
+            file.truncate(size * self.dtype.itemsize)
         mapped = torch.from_file(str(self._file), shared=True, size=size, dtype=self.dtype)
         return mapped.view(rows, self.columns)
 
-    def reserve(self, rows: int) -> None:
-        """Make room for this many rows altogether."""
+    def reserve(self, rows: int, limit: int | None = None) -> None:
+        """Make room for this many rows altogether, or half as many again, up to the limit."""
         if rows > len(self._buffer):
-            before = self._buffer
-            self._buffer = self._allocate(rows)
+            before, grown = self._buffer, rows + rows // 2
+            self._buffer = self._allocate(grown if limit is None else min(grown, limit))
             if self._file is None:
                 self._buffer[: self.count] = before[: self.count]
 
@@ -137,14 +140,14 @@ class LowRankGGN:
 
     def _append(self, rows: Tensor) -> None:
         if self.max_rank is None:
-            self.store.reserve(_grown(self.rank, len(rows), None))
+            self.store.reserve(self.rank + len(rows))
             self.store.append(rows)
             return
         limit = self.max_rank + max(int(SLACK * self.max_rank), 1)
         for part in rows.split(limit - self.max_rank):
             if self.rank + len(part) > limit:
                 self.truncate()
-            self.store.reserve(_grown(self.rank, len(part), limit))
+            self.store.reserve(self.rank + len(part), limit)
             self.store.append(part)
 
     def truncate(self) -> None:
@@ -156,16 +159,16 @@ class LowRankGGN:
         self.lost_trace += values[: -self.max_rank].clamp_min(0).sum()
         for start, stop in self.blocks():
             columns = self.store.columns_of(start, stop)
-            self.store.set_columns(start, stop, kept.T.to(columns) @ columns)
+            self.store.set_columns(start, stop, kept.T @ columns.double())
         self.store.count = self.max_rank
 
     def merge(self, other: LowRankGGN) -> None:
         """Add another GGN over the same tensors."""
         for part in other.store.parts():
-            self._append(part.to(self.store.device, self.store.dtype))
+            self._append(part)
         self.truncate()
-        self.trace += other.trace
-        self.lost_trace += other.lost_trace
+        self.trace += other.trace.to(self.trace)
+        self.lost_trace += other.lost_trace.to(self.trace)
 
     def gram(self) -> Tensor:
         """Return ``R R^T`` (m, m) in float64."""
@@ -180,15 +183,16 @@ class LowRankGGN:
 
     def _grams(self) -> Iterator[Tensor]:
         for start, stop in self.blocks():
-            columns = self.store.columns_of(start, stop)
-            yield (columns @ columns.T).double()
+            # Single-precision products would drown the eigenvalues below 1e-7 of the largest.
+            columns = self.store.columns_of(start, stop).double()
+            yield columns @ columns.T
 
     def state(self) -> dict[str, Any]:
         """Return plain containers of tensors and numbers, for `torch.save`."""
         return {
-            "rows": self.store.columns_of(0, self.store.columns),
-            "trace": self.trace,
-            "lost_trace": self.lost_trace,
+            "rows": torch.cat([*self.store.parts()]),
+            "trace": self.trace.clone(),
+            "lost_trace": self.lost_trace.clone(),
         }
 
     def load(self, state: dict[str, Any]) -> LowRankGGN:
@@ -202,14 +206,8 @@ class LowRankGGN:
             )
         store = self.store
         new = LowRankGGN(self.sizes, self.max_rank, store.dtype, store.device, store.factors_on)
-        new._append(rows.to(store.device, store.dtype))
+        new._append(rows)
         new.truncate()
         new.trace += state["trace"].to(new.trace)
         new.lost_trace += state["lost_trace"].to(new.trace)
         return new
-
-
-def _grown(count: int, more: int, limit: int | None) -> int:
-    """Return how many rows to make room for: half as many again, up to the limit."""
-    wanted = max(count + more, count + count // 2)
-    return wanted if limit is None else min(wanted, limit)

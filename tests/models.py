@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from laplace_llm import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
+from laplace_llm.rows import LowRankGGN
 
 VOCABULARY = 50
 HIDDEN = 16
@@ -349,6 +350,42 @@ HEADS: dict[str, Callable[[], Setup]] = {
     ),
     "mlp": lambda: Setup(tiny_mlp(), mlp_batch),
 }
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Return float64 noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decaying_rows(n: int, columns: int, decades: float = 4) -> Tensor:
+    """Return rows in random order whose lengths fall over some decades."""
+    lengths = 10 ** -torch.linspace(0, decades, n, dtype=torch.float64)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    return (lengths[:, None] * randn(n, columns))[order]
+
+
+def gather(
+    rows: Tensor,
+    sizes: Sequence[int],
+    max_rank: int | None = None,
+    batch: int | None = None,
+    place: Any = None,
+) -> LowRankGGN:
+    """Return the truncated GGN of rows that came in batches."""
+    ggn = LowRankGGN(sizes, max_rank, rows.dtype, rows.device, place)
+    for part in rows.split(batch or max(len(rows), 1)):
+        ggn.add(part)
+    ggn.truncate()
+    return ggn
+
+
+def kept(ggn: LowRankGGN) -> Tensor:
+    """Return the dense matrix (P, P) that is left of a GGN."""
+    rows = torch.cat(list(ggn.store.parts())).double()
+    return rows.T @ rows
 
 
 # Tokenizer ----------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ each_use = pytest.mark.parametrize("use", [pytest.param(u, id=name) for name, u 
 
 
 @each_use
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_use(structure, use):
     model = used_model()
     before = snapshot(model)
@@ -253,7 +254,7 @@ def test_an_error_inside_any_backend(place, call, backend, structure):
 
 @each_error
 @pytest.mark.parametrize("override", [True, False])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_an_error_in_the_training_loader(structure, override, error):
     def broken() -> Iterator[dict[str, Tensor]]:
         yield letter_batch(3, seed=1)
