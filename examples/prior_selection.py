@@ -71,14 +71,15 @@ LINKS = {
 def main() -> None:
     """Run what is not cached yet, then print the tables."""
     args = parse_args()
-    args.cache.mkdir(parents=True, exist_ok=True)
+    folder = args.cache / ("structures" if args.structures else "rules")
+    folder.mkdir(parents=True, exist_ok=True)
     cells = list(product(args.seeds, args.sizes, args.tasks))
     results = {}
     for number, (seed, size, task) in enumerate(cells, 1):
-        path = args.cache / f"{task}-{size}-{seed}.json"
+        path = folder / f"{task}-{size}-{seed}.json"
         if not path.exists() and not args.tables:
             print(f"[{number}/{len(cells)}] {task}, {size} training questions, seed {seed}")
-            cell = Cell(args, task, size, seed)
+            cell = make_cell(args, task, size, seed)
             path.write_text(json.dumps(structures(cell) if args.structures else rules(cell)))
         if path.exists():
             results[task, size, seed] = json.loads(path.read_text())
@@ -105,78 +106,74 @@ def parse_args() -> argparse.Namespace:
     add("--tables", action="store_true", help="print what is cached, run nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--cache", type=Path, default=Path("outputs/prior_selection"))
-    args = parser.parse_args()
-    if args.structures:
-        args.cache = args.cache / "structures"
-    return args
+    return parser.parse_args()
 
 
 class Cell:
-    """A model fine-tuned on some questions of a task, and its data."""
+    """A fine-tuned model under its head, and its labelled batches.
 
-    def __init__(self, args: argparse.Namespace, task: str, size: int, seed: int) -> None:
-        options = argparse.Namespace(**{"normalization": "sum", **TASKS[task]})
-        train, test = (
-            [json.loads(line) for line in (args.data_dir / f"{task}.{split}.jsonl").open()]
-            for split in ("train", "test")
-        )
-        width = len(train[0]["choices"])
-        train, test = ([r for r in rows if len(r["choices"]) == width] for rows in (train, test))
-        random.Random(seed).shuffle(train)
-        random.Random(0).shuffle(test)
-        self.rows = {
-            "train": train[:size],
-            "val": train[1000 : 1000 + args.val],
-            "test": test[: args.test],
-        }
-        torch.manual_seed(seed)
-        model, tokenizer = load_model(args.model)
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-        peft_model = get_peft_model(model, lora).to(args.device)
-        self.head, self.collate = build_head(options, peft_model, tokenizer, train)
-        if options.head == "scored":
-            self.collate.packed = True
-        self._load_or_train(args, peft_model, f"{task}-{size}-{seed}.pt", options, seed)
-        self.loaders = {name: self._sorted(rows) for name, rows in self.rows.items()}
+    Parameters
+    ----------
+    head : torch.nn.Module
+        Maps a batch to (B, C) logits.
+    loaders : dict[str, Iterable]
+        Batches under "train", "val" and "test".
+    """
+
+    def __init__(self, head: nn.Module, loaders: dict[str, Any]) -> None:
+        self.head = head
+        self.loaders = loaders
         self.labels = {
             name: torch.cat([batch["labels"] for batch in loader])
-            for name, loader in self.loaders.items()
+            for name, loader in loaders.items()
         }
-
-    def _load_or_train(
-        self,
-        args: argparse.Namespace,
-        model: nn.Module,
-        name: str,
-        options: argparse.Namespace,
-        seed: int,
-    ) -> None:
-        path = args.cache / name
-        if path.exists():
-            set_peft_model_state_dict(model, torch.load(path))
-            self.head.eval()
-            return
-        loader = DataLoader(
-            self.rows["train"],
-            8,
-            shuffle=True,
-            collate_fn=self.collate,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        fine_tune(self.head, model, loader, options.epochs, options.lr)
-        torch.save(get_peft_model_state_dict(model), path)
-
-    def _sorted(self, rows: list[dict]) -> DataLoader:
-        """Rows of like length share a batch; the order makes no difference to what follows."""
-        rows = sorted(rows, key=lambda row: len(row["question"]) + max(map(len, row["choices"])))
-        return DataLoader(rows, 8, collate_fn=self.collate)
 
     def laplace(self, structure: str, **kwargs: Any) -> Any:
         """Return a fitted posterior."""
         la = Laplace(self.head, "classification", "lora", structure, **kwargs)
         la.fit(self.loaders["train"])
         return la
+
+
+def make_cell(args: argparse.Namespace, task: str, size: int, seed: int) -> Cell:
+    """Return a cell of the grid; its adapter is trained, or comes from the cache."""
+    defaults = {"normalization": "sum", "separate": False}
+    options = argparse.Namespace(**{**defaults, **TASKS[task]})
+    train, test = (
+        [json.loads(line) for line in (args.data_dir / f"{task}.{split}.jsonl").open()]
+        for split in ("train", "test")
+    )
+    width = len(train[0]["choices"])
+    train, test = ([r for r in rows if len(r["choices"]) == width] for rows in (train, test))
+    random.Random(seed).shuffle(train)
+    random.Random(0).shuffle(test)
+    rows = {
+        "train": train[:size],
+        "val": train[1000 : 1000 + args.val],
+        "test": test[: args.test],
+    }
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(args.model)
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    peft_model = get_peft_model(model, lora).to(args.device)
+    head, collate = build_head(options, peft_model, tokenizer, train)
+    path = args.cache / f"{task}-{size}-{seed}.pt"
+    if path.exists():
+        set_peft_model_state_dict(peft_model, torch.load(path))
+        head.eval()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = DataLoader(
+            rows["train"], 8, shuffle=True, collate_fn=collate, generator=generator
+        )
+        fine_tune(head, peft_model, shuffled, options.epochs, options.lr)
+        torch.save(get_peft_model_state_dict(peft_model), path)
+    # Rows of like length share a batch; the order makes no difference to what follows.
+    for part in rows.values():
+        part.sort(key=lambda row: len(row["question"]) + max(map(len, row["choices"])))
+    loaders = {name: DataLoader(part, 8, collate_fn=collate) for name, part in rows.items()}
+    return Cell(head, loaders)
 
 
 def rules(cell: Cell) -> dict[str, Any]:

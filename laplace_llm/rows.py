@@ -7,6 +7,7 @@ Unlike a Kronecker factorisation, it keeps the correlations between layers.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -33,7 +34,13 @@ class RowStore:
     dtype, device
         Of the rows as they come and go.
     factors_on : {'cpu', 'disk'}, optional
-        Where they are kept; default: on their device. A file is gone with the object.
+        Where they are kept; default: on their device. A file is in `tempfile`'s folder (set TMPDIR
+        where that is small, or memory itself), and gone with the object.
+
+    Raises
+    ------
+    OSError
+        If the disk is full.
     """
 
     def __init__(
@@ -61,6 +68,8 @@ class RowStore:
         size = rows * self.columns
         with self._file.open("ab") as file:
             file.truncate(size * self.dtype.itemsize)
+            if hasattr(os, "posix_fallocate"):  # else a full disk is noticed too late, by a signal
+                os.posix_fallocate(file.fileno(), 0, size * self.dtype.itemsize)
         mapped = torch.from_file(str(self._file), shared=True, size=size, dtype=self.dtype)
         return mapped.view(rows, self.columns)
 
@@ -102,7 +111,8 @@ class LowRankGGN:
     sizes : Sequence[int]
         Number of weights of each tensor, together P.
     max_rank : int, optional
-        Bounds memory at 1.25 x `max_rank` x P values; None keeps all rows.
+        Bounds the rows kept at 1.25 x `max_rank`, of P values each (while their buffer grows, its
+        old and its new copy exist at once); None keeps all rows.
     dtype, device
         Of the rows.
     factors_on : {'cpu', 'disk'}, optional

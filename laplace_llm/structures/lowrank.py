@@ -30,7 +30,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
     Parameters
     ----------
     max_rank : int, optional
-        Memory is at most 1.25 x `max_rank` x P values; None keeps every row.
+        At most 1.25 x `max_rank` rows of P values are kept; None keeps every row.
     factors_on : {'cpu', 'disk'}, optional
         Where the rows are kept; default: on the model's device. 'disk' is a temporary file.
     *args, **kwargs
