@@ -27,15 +27,22 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from quickstart import SMOLLM2, build_head, fine_tune, fit_temperature, load_model, map_logits
+from quickstart import SMOLLM2, build_head, fine_tune, fit_temperature, load_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from laplace_llm import shared_moments_grid
+from laplace_llm.function_space import FunctionSpace
+from laplace_llm.kernel import training_space
+from laplace_llm.links import CLOSED_FORMS, quasi_monte_carlo
+from laplace_llm.moments import Moments
+from laplace_llm.tuning.evidence import linear_mode_evidence
+from laplace_llm.tuning.leave_one_out import cavities, thinned
+from laplace_llm.tuning.val_grad import Interpolation, descend
 
-GRID = torch.logspace(-4, 5, 37)
+GRID = torch.logspace(-4, 5, 55)
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {
         "head": "words",
@@ -53,40 +60,37 @@ TASKS: dict[str, dict[str, Any]] = {
         "normalization": "mean",
     },
 }
-RULES = {
-    "loo (default)": {"method": "loo"},
-    "marglik": {"method": "marglik"},
-    "marglik, linear mode": {"method": "marglik", "evidence": "linear_mode"},
-    "gridsearch on 50": {"method": "gridsearch"},
-    "val_grad on 50": {"method": "val_grad"},
-}
-LINKS = {
-    "probit": {},
-    "mean_field": {},
-    "qmc": {},
-    "mc": {"n_samples": 1000},
-}
 
 
 def main() -> None:
     """Run what is not cached yet, then print the tables."""
     args = parse_args()
-    folder = args.cache / ("structures" if args.structures else "rules")
-    folder.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
     cells = list(product(args.seeds, args.sizes, args.tasks))
     results = {}
     for number, (seed, size, task) in enumerate(cells, 1):
-        path = folder / f"{task}-{size}-{seed}.json"
+        name = f"{task}-{size}-{seed}"
+        path = args.cache / f"{name}.{'structures' if args.structures else 'moments'}.pt"
         if not path.exists() and not args.tables:
             print(f"[{number}/{len(cells)}] {task}, {size} training questions, seed {seed}")
             cell = make_cell(args, task, size, seed)
-            path.write_text(json.dumps(structures(cell) if args.structures else rules(cell)))
+            torch.save(structures(cell) if args.structures else collect(cell), path)
         if path.exists():
-            results[task, size, seed] = json.loads(path.read_text())
+            results[task, size, seed] = _cached(path, args.structures)
     if args.structures:
         print(structure_table(results))
     else:
         print(rule_table(results), cell_table(results), link_table(results), sep="\n\n")
+
+
+def _cached(path: Path, structures: bool) -> dict[str, Any]:
+    """Return a cell's results; the rules are applied once to what was collected."""
+    if structures:
+        return torch.load(path)
+    table = path.with_suffix(".json")
+    if not table.exists() or table.stat().st_mtime < path.stat().st_mtime:
+        table.write_text(json.dumps(rules(torch.load(path))))
+    return json.loads(table.read_text())
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,7 +105,7 @@ def parse_args() -> argparse.Namespace:
     add("--sizes", nargs="+", type=int, default=[50, 100, 300])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--val", type=int, default=50)
-    add("--test", type=int, default=200)
+    add("--test", type=int, default=150)
     add("--structures", action="store_true", help="compare structures instead of rules")
     add("--tables", action="store_true", help="print what is cached, run nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -176,74 +180,111 @@ def make_cell(args: argparse.Namespace, task: str, size: int, seed: int) -> Cell
     return Cell(head, loaders)
 
 
-def rules(cell: Cell) -> dict[str, Any]:
-    """Return the test NLL of every rule on a cell, and what it took."""
-    started = time.time()
+def collect(cell: Cell) -> dict[str, Any]:
+    """Return all that the rules need of a cell, as tensors: the passes over the model.
+
+    The latent moments of validation and test questions under every prior precision of `GRID`, the
+    function space of the training questions, and what the marginal likelihood chooses.
+    """
     kron, exact = cell.laplace("kron"), cell.laplace("lowrank", max_rank=None)
-    chosen, seconds = {}, {}
-    for name, options in RULES.items():
-        seconds[name] = -time.time()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The marginal likelihood chose")
-            kron.optimize_prior_precision(val_loader=_val(cell, options), **options)
-        seconds[name] += time.time()
-        chosen[name] = kron.prior_precision.item()
+    saved: dict[str, Any] = {"space": vars(training_space(kron, cell.loaders["train"]))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The marginal likelihood chose")
-        exact.optimize_prior_precision(method="marglik")
-    chosen["marglik, exact GGN"] = exact.prior_precision.item()
-
-    values = torch.tensor([*GRID.tolist(), *chosen.values()])
-    labels = cell.labels["test"]
-    nlls: dict[str, list[Tensor]] = {"kron": [], "exact": []}
-    map_probs, link_moments = [], []
-    for batch in tqdm(cell.loaders["test"], desc="[Test]"):
-        moments = shared_moments_grid([kron, exact], batch, values)
-        map_probs.append(moments[0].mean.softmax(-1))
-        link_moments.append(moments[0])
-        for name, la, m in zip(nlls, (kron, exact), moments, strict=True):
-            nlls[name].append(
-                torch.stack([_nlls(la(m.at(g)), batch["labels"]) for g in range(len(values))])
+        for name, la in (("kron", kron), ("exact", exact)):
+            la.optimize_prior_precision(method="marglik")
+            saved["marglik", name] = la.prior_precision.item()
+    for split in ("val", "test"):
+        batches = tqdm(cell.loaders[split], desc=f"[Moments, {split}]")
+        parts = [shared_moments_grid([kron, exact], batch, GRID) for batch in batches]
+        for index, name in enumerate(("kron", "exact")):
+            moments = [part[index] for part in parts]
+            saved[split, name] = (
+                torch.cat([m.mean for m in moments]).cpu(),
+                torch.cat([m.covariance for m in moments], 1).cpu(),
             )
-    losses = {name: torch.cat(parts, 1).mean(1).tolist() for name, parts in nlls.items()}
-    probs = torch.cat(map_probs).cpu()
-    logits = probs.log()
-    temperature = fit_temperature(map_logits(cell.head, cell.loaders["val"]), cell.labels["val"])
-    best = min(range(len(GRID)), key=losses["kron"].__getitem__)
-    result = {
-        "accuracy": float((probs.argmax(-1) == labels).float().mean()),
-        "MAP": float(_nlls(probs, labels).mean()),
-        "temperature scaling on 50": float(F.cross_entropy(logits / temperature, labels)),
-        "grid": {name: values[: len(GRID)] for name, values in losses.items()},
-        "chosen": chosen,
-        "nll": dict(zip(chosen, losses["kron"][len(GRID) :], strict=True)),
-        "seconds": seconds,
-        "links": {},
+        saved[split, "labels"] = cell.labels[split]
+    return saved
+
+
+def rules(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the test NLL of every rule on a cell, from what `collect` returned."""
+    space = FunctionSpace(**saved["space"])
+    val, val_labels = Moments(*saved["val", "kron"]), saved["val", "labels"]
+    interval = torch.logspace(-4, 4, 100)
+    chosen = {
+        "loo (default)": loo(space, thinned(interval)),
+        "marglik": saved["marglik", "kron"],
+        "marglik, exact GGN": saved["marglik", "exact"],
+        "marglik, linear mode": linear_mode_evidence(space, interval),
+        "gridsearch on 50": GRID[int(losses_on(val, val_labels).argmin())],
+        "val_grad on 50": descend(
+            GRID,
+            val.covariance[:, None],
+            lambda v: F.nll_loss(quasi_monte_carlo(val.mean, v).log(), val_labels),
+        ),
     }
-    result["nll"]["marglik, exact GGN"] = losses["exact"][-1]
-    for link, options in LINKS.items():
-        at = {"hindsight": best, "loo": len(GRID) + list(chosen).index("loo (default)")}
-        result["links"][link] = {
-            where: float(
-                torch.cat(
-                    [
-                        _nlls(kron(m.at(index), link_approx=link, **options), batch["labels"])
-                        for m, batch in zip(link_moments, cell.loaders["test"], strict=True)
-                    ]
-                ).mean()
-            )
-            for where, index in at.items()
-        }
-    result["total seconds"] = time.time() - started
-    return result
+    chosen = {name: float(value) for name, value in chosen.items()}
+    labels = saved["test", "labels"]
+    test = {name: Moments(*saved["test", name]) for name in ("kron", "exact")}
+    mean = test["kron"].mean
+    temperature = fit_temperature(val.mean, val_labels)
+    at = {
+        name: _at(test["exact" if "exact" in name else "kron"], value)
+        for name, value in chosen.items()
+    }
+    curves = {name: losses_on(moments, labels) for name, moments in test.items()}
+    best = test["kron"].at(int(curves["kron"].argmin()))
+    return {
+        "accuracy": float((mean.argmax(-1) == labels).float().mean()),
+        "MAP": float(F.cross_entropy(mean, labels)),
+        "temperature scaling on 50": float(F.cross_entropy(mean / temperature, labels)),
+        "hindsight": {name: float(losses.min()) for name, losses in curves.items()},
+        "chosen": chosen,
+        "nll": {name: _nll(quasi_monte_carlo(*moments), labels) for name, moments in at.items()},
+        "links": {
+            name: {
+                where: _nll(link(*moments), labels)
+                for where, moments in (("hindsight", best), ("loo", at["loo (default)"]))
+            }
+            for name, link in LINKS.items()
+        },
+    }
 
 
-def _val(cell: Cell, options: dict[str, Any]) -> DataLoader | None:
-    return cell.loaders["val"] if options["method"] in ("gridsearch", "val_grad") else None
+def _at(moments: Moments, value: float) -> Moments:
+    """Return the moments at a prior precision between those of `GRID`."""
+    interpolation = Interpolation(GRID.to(moments.covariance), moments.covariance[:, None])
+    return Moments(moments.mean, interpolation(torch.tensor([value]).log()))
 
 
-def _nlls(probs: Tensor, labels: Tensor) -> Tensor:
-    return F.nll_loss(probs.cpu().clamp_min(1e-30).log(), labels, reduction="none")
+def loo(space: FunctionSpace, interval: Tensor) -> Tensor:
+    """Return what ``optimize_prior_precision()`` chooses, from the function space alone."""
+    losses = [losses_on(moments, space.labels) for moments in cavities(space, interval)]
+    return interval[int((losses[0] + losses[1]).argmin())]
+
+
+def losses_on(moments: Moments, labels: Tensor) -> Tensor:
+    """Return the NLL (G,) under every prior precision of the moments."""
+    grid = range(len(moments.covariance))
+    return torch.tensor([_nll(quasi_monte_carlo(*moments.at(g)), labels) for g in grid])
+
+
+def _nll(probs: Tensor, labels: Tensor) -> float:
+    return float(F.nll_loss(probs.clamp_min(1e-30).log(), labels))
+
+
+def monte_carlo(mean: Tensor, covariance: Tensor, samples: int = 10_000) -> Tensor:
+    """Return the joint Monte-Carlo estimate that the links are compared with."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    root = (vectors * values.clamp_min(0).sqrt()[:, None, :]).to(mean)
+    total = torch.zeros_like(mean)
+    for _ in range(samples // 500):
+        noise = torch.randn(500, mean.shape[1], dtype=mean.dtype)
+        total += torch.softmax(mean[:, None] + noise @ root.mT, -1).mean(1)
+    return total / (samples // 500)
+
+
+LINKS = {**CLOSED_FORMS, "mc": monte_carlo}
 
 
 STRUCTURES: dict[str, dict[str, Any]] = {
@@ -275,20 +316,20 @@ def structures(cell: Cell) -> dict[str, Any]:
         la = posteriors[name] = cell.laplace(options.pop("structure"), **options)
         rows[name] = {"fit": time.time() - started, "numbers": _numbers(la)}
     labels = cell.labels["test"]
-    nlls: dict[str, list[Tensor]] = {name: [] for name in posteriors}
+    means: dict[str, list[Tensor]] = {name: [] for name in posteriors}
+    covariances: dict[str, list[Tensor]] = {name: [] for name in posteriors}
     errors: dict[str, list[Tensor]] = {name: [] for name in posteriors}
     for batch in tqdm(cell.loaders["test"], desc="[Test]"):
         moments = shared_moments_grid(list(posteriors.values()), batch, GRID)
         reference = moments[0].covariance
-        for (name, la), m in zip(posteriors.items(), moments, strict=True):
-            nlls[name].append(
-                torch.stack([_nlls(la(m.at(g)), batch["labels"]) for g in range(len(GRID))])
-            )
+        for name, m in zip(posteriors, moments, strict=True):
+            means[name].append(m.mean)
+            covariances[name].append(m.covariance)
             difference = (m.covariance - reference).flatten(-2).norm(dim=-1)
             errors[name].append(difference / reference.flatten(-2).norm(dim=-1))
     best = None
     for name, la in posteriors.items():
-        losses = torch.cat(nlls[name], 1).mean(1)
+        losses = losses_on(Moments(torch.cat(means[name]), torch.cat(covariances[name], 1)), labels)
         own = int(losses.argmin())
         best = own if best is None else best
         la.prior_precision = GRID[best]
@@ -322,7 +363,7 @@ def rule_table(results: dict) -> str:
         above, against_map, choices = [], [], []
         for result in results.values():
             nll = result.get(name, result["nll"].get(name))
-            above.append(nll - min(result["grid"]["kron"]))
+            above.append(nll - result["hindsight"]["kron"])
             against_map.append(nll - result["MAP"])
             choices.append(result["chosen"].get(name))
         span = f"{min(choices):.2g} to {max(choices):.2g}" if choices[0] else ""
@@ -330,7 +371,7 @@ def rule_table(results: dict) -> str:
             f"| {name:25} | {_mean(above):.3f} | {max(above):.3f} | {max(against_map):+.3f} "
             f"| {span:16} |"
         )
-    gaps = [min(r["grid"]["kron"]) - min(r["grid"]["exact"]) for r in results.values()]
+    gaps = [r["hindsight"]["kron"] - r["hindsight"]["exact"] for r in results.values()]
     header = (
         f"| rule, over {len(results)} cells | above hindsight, mean | worst | worst against MAP "
         "| prior precisions |\n| --- | ---: | ---: | ---: | --- |\n"
@@ -355,7 +396,7 @@ def cell_table(results: dict) -> str:
     for task, size in dict.fromkeys((task, size) for task, size, _ in results):
         group = [r for (t, s, _), r in results.items() if (t, s) == (task, size)]
         cells = [_mean([r.get(n, r["nll"].get(n)) for r in group]) for n in names]
-        cells.append(_mean([min(r["grid"]["kron"]) for r in group]))
+        cells.append(_mean([r["hindsight"]["kron"] for r in group]))
         lines.append(
             f"| {task} | {size} | {len(group)} | {_mean([r['accuracy'] for r in group]):.3f} | "
             + " | ".join(f"{cell:.3f}" for cell in cells)

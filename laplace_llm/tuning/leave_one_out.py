@@ -55,19 +55,45 @@ def leave_one_out(
         If no value has a finite loss.
     """
     check_grid(loss, interval)
-    interval = interval[:: max(len(interval) // GRID_SIZE, 1)]
+    interval = thinned(interval)
+    batches = [
+        (Moments(*(part.to(la._device, la._dtype) for part in moments)), space.labels)
+        for moments in cavities(space, interval)
+    ]
+    return best_on_moments(la, loss, interval, batches, link_approx, n_samples)
+
+
+def thinned(interval: Tensor) -> Tensor:
+    """Return about `GRID_SIZE` values of a grid, from its first on."""
+    return interval[:: max(len(interval) // GRID_SIZE, 1)]
+
+
+def cavities(space: FunctionSpace, interval: Tensor) -> tuple[Moments, Moments]:
+    """Return what the linear model says of each example from the others, around both means.
+
+    Parameters
+    ----------
+    space : FunctionSpace
+        The training examples.
+    interval : Tensor
+        (G,) prior precisions, ascending.
+
+    Returns
+    -------
+    shrunk, fitted : Moments
+        Mean (G, N, C) and covariance (G, N, C, C), around the mode under the same prior
+        precision, and around the mode that fits as closely as the trained model.
+    """
     modes: list[Mode] = []
     for delta in interval.flip(0).tolist():  # from the prior mean's side, each from the last
         modes.insert(0, space.mode(delta, modes[0] if modes else None))
-    fitted = _as_fitted_as_trained(space, modes)
-    shrunk, trained = [], []
-    anchor = space.leave_one_out(modes[fitted], float(interval[fitted]))
+    index = _as_fitted_as_trained(space, modes)
+    anchor = space.leave_one_out(modes[index], float(interval[index]))
+    shrunk, fitted = [], []
     for delta, mode in zip(interval.tolist(), modes, strict=True):
         shrunk.append(space.leave_one_out(mode, delta))
-        covariance = space.leave_one_out(modes[fitted], delta).covariance
-        trained.append(Moments(anchor.mean, covariance))
-    batches = [(_over_grid(la, moments), space.labels) for moments in (shrunk, trained)]
-    return best_on_moments(la, loss, interval, batches, link_approx, n_samples)
+        fitted.append(space.leave_one_out(modes[index], delta)._replace(mean=anchor.mean))
+    return _stack(shrunk), _stack(fitted)
 
 
 def _as_fitted_as_trained(space: FunctionSpace, modes: list[Mode]) -> int:
@@ -77,8 +103,6 @@ def _as_fitted_as_trained(space: FunctionSpace, modes: list[Mode]) -> int:
     return max((index for index, fit in enumerate(fits) if fit), default=0)
 
 
-def _over_grid(la: LoraPredictive, moments: list[Moments]) -> Moments:
-    return Moments(
-        torch.stack([m.mean for m in moments]).to(la._device, la._dtype),
-        torch.stack([m.covariance for m in moments]).to(la._device, la._dtype),
-    )
+def _stack(moments: list[Moments]) -> Moments:
+    means, covariances = zip(*moments, strict=True)
+    return Moments(torch.stack(means), torch.stack(covariances))

@@ -121,29 +121,50 @@ def val_grad(
     low, high = (math.log10(bound) for bound in bounds)
     grid = torch.logspace(low, high, max(math.ceil(NODES_PER_DECADE * (high - low)), 4) + 1)
     moments, labels = _pass(la, val_loader, grid, layerwise, progress_bar)
-    covariance_at = Interpolation(grid.to(moments.covariance), moments.covariance)
 
-    def objective(log_delta: Tensor) -> Tensor:
-        covariance = covariance_at(log_delta)
+    def objective(covariance: Tensor) -> Tensor:
         if regression:
             return (loss or partial(_gaussian_nll, la))(moments.mean, covariance, labels)  # type: ignore[call-arg]
         return (loss or _nll)(link(moments.mean, covariance), labels)
 
-    size = moments.covariance.shape[1]
-    logs = grid.to(moments.covariance).log()
+    return descend(grid, moments.covariance, objective, n_steps, lr)
+
+
+def descend(
+    grid: Tensor,
+    covariances: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    n_steps: int = 100,
+    lr: float = 0.1,
+) -> Tensor:
+    """Return the L prior precisions that Adam ends at, from the best scalar of the grid.
+
+    Parameters
+    ----------
+    grid : Tensor
+        (G,) prior precisions, evenly spaced in their logarithm.
+    covariances : Tensor
+        (G, L, N, C, C); see `Interpolation`.
+    objective : Callable
+        A differentiable loss of covariances (N, C, C).
+    n_steps, lr
+        Of Adam, on the logarithms.
+    """
+    grid = grid.to(covariances)
+    covariance_at, logs = Interpolation(grid, covariances), grid.log()
     with torch.no_grad():
-        losses = torch.stack([objective(value.expand(size)) for value in logs])
-    best = logs[int(losses.argmin())].expand(size).clone()
+        losses = torch.stack([objective(values.sum(0)) for values in covariances])
+    best = logs[int(losses.argmin())].expand(covariances.shape[1]).clone()
     log_delta, lowest = best.clone().requires_grad_(), losses.min()
     optimizer = torch.optim.Adam([log_delta], lr=lr)
     with torch.enable_grad():
         for _ in range(n_steps):
             optimizer.zero_grad()
-            objective(log_delta).backward()
+            objective(covariance_at(log_delta)).backward()
             optimizer.step()
             with torch.no_grad():
                 log_delta.clamp_(logs[0], logs[-1])
-                value = objective(log_delta)
+                value = objective(covariance_at(log_delta))
                 if bool(value < lowest):
                     best, lowest = log_delta.detach().clone(), value
     return best.exp()
