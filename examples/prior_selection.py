@@ -39,7 +39,7 @@ from laplace_llm.kernel import training_space
 from laplace_llm.links import CLOSED_FORMS, quasi_monte_carlo
 from laplace_llm.moments import Moments
 from laplace_llm.tuning.evidence import linear_mode_evidence
-from laplace_llm.tuning.leave_one_out import cavities, thinned
+from laplace_llm.tuning.leave_one_out import held_out, smoothed_nll, thinned
 from laplace_llm.tuning.val_grad import Interpolation, descend
 
 GRID = torch.logspace(-4, 5, 55)
@@ -259,8 +259,11 @@ def _at(moments: Moments, value: float) -> Moments:
 
 def loo(space: FunctionSpace, interval: Tensor) -> Tensor:
     """Return what ``optimize_prior_precision()`` chooses, from the function space alone."""
-    losses = [losses_on(moments, space.labels) for moments in cavities(space, interval)]
-    return interval[int((losses[0] + losses[1]).argmin())]
+    moments = held_out(space, interval)
+    losses = [
+        smoothed_nll(quasi_monte_carlo(*moments.at(g)), space.labels) for g in range(len(interval))
+    ]
+    return interval[int(torch.stack(losses).argmin())]
 
 
 def losses_on(moments: Moments, labels: Tensor) -> Tensor:

@@ -186,29 +186,53 @@ class FunctionSpace:
         Parameters
         ----------
         mode : Mode
-            Where the Gaussian is; it need not belong to `delta`.
+            The mode under `delta`.
         delta : float
-            Prior precision of the covariances.
+            Prior precision.
 
         Returns
         -------
         moments : Moments
             Mean (N, C) and covariance (N, C, C) of the outputs.
         """
+        cavity = self.cavities(mode, torch.tensor([delta]))[0]
+        mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
+        return Moments(mean @ self.basis.T, self.basis @ cavity @ self.basis.T)
+
+    def cavities(self, mode: Mode, deltas: Tensor) -> Tensor:
+        """Return the leave-one-out covariances around `mode` under G prior precisions.
+
+        One eigendecomposition serves all of them; `mode` need not belong to any.
+
+        Parameters
+        ----------
+        mode : Mode
+            Where the likelihood's curvature is taken.
+        deltas : Tensor
+            (G,) prior precisions.
+
+        Returns
+        -------
+        covariances : Tensor
+            (G, N, K, K).
+        """
         n, k = self.trained.shape
+        deltas = deltas.to(self.kernel)
         root = self._hessian_root(mode.latent)
-        factor = self._cholesky(root, delta)
-        right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1) / delta  # S^T K
-        half = torch.linalg.solve_triangular(factor, right, upper=False).view(n * k, n, k)
-        blocks = self.kernel.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1) / delta
-        variance = blocks - torch.einsum("mnk,mnl->nkl", half, half)
+        # V = (K - K S (delta + S^T K S)^-1 S^T K) / delta with K = J J^T and S the root.
+        values, vectors = torch.linalg.eigh(self._between(root))
+        right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1)
+        half = (vectors.T @ right).view(n * k, n, k)
+        squares = torch.einsum("mnk,mnl->mnkl", half, half).flatten(1)
+        weights = 1 / (deltas[:, None] + values.clamp_min(0))  # (G, N K)
+        blocks = self.kernel.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        explained = (weights @ squares).view(-1, n, k, k)
+        variance = (blocks - explained) / deltas[:, None, None, None]
         # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step.
         moved = root.mT @ variance
         inner = torch.eye(k).to(moved) - moved @ root
         cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
-        cavity = (cavity + cavity.mT) / 2
-        mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
-        return Moments(mean @ self.basis.T, self.basis @ cavity @ self.basis.T)
+        return (cavity + cavity.mT) / 2
 
 
 def contrasts(classes: int, like: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from laplace_llm.errors import OptionError, PriorError
 from laplace_llm.function_space import FunctionSpace, Mode
 from laplace_llm.moments import Moments
-from laplace_llm.tuning.gridsearch import best_on_moments, check_grid
 
 if TYPE_CHECKING:
     from laplace_llm.prediction import LoraPredictive
@@ -21,7 +22,6 @@ GRID_SIZE = 33
 def leave_one_out(
     la: LoraPredictive,
     space: FunctionSpace,
-    loss: Any,
     interval: Tensor,
     link_approx: str,
     n_samples: int = 100,
@@ -30,37 +30,57 @@ def leave_one_out(
 
     The model was trained to fit its own examples, so its loss on them tells nothing, nor does a
     Gaussian around it. What each example looks like *from the others* is asked of the linearised
-    model instead, whose leave-one-out predictions are a closed form. Two of its properties decide
-    whether the answer can be trusted on tasks that were learnt and on tasks that were not:
-
-    - its prior mean is the model without its adapter, not the linearisation at ``lora_B = 0``
-      (which has seen the labels);
-    - the deployed mean is neither the linear model's mode under the same prior precision, which
-      is shrunk, nor independent of the labels, but trained to a given loss. The loss is therefore
-      averaged over two means: that mode, and the mode under the prior precision at which the
-      linear model fits its examples as closely as the trained model does.
+    model instead (`held_out`). Its features have seen the labels all the same, so that too few of
+    its answers are wrong; Laplace's rule of succession makes up for that: one example more is
+    counted, of which every label is as likely (`smoothed_nll`). For regression the loss is the
+    Gaussian negative log likelihood.
 
     Parameters
     ----------
     la : LoraPredictive
-        Gives the link and the labels' meaning.
+        Gives the link, and the noise for regression.
     space : FunctionSpace
         The training examples.
-    loss, interval, link_approx, n_samples
-        See `gridsearch`; an interval of more than 33 values is thinned out.
+    interval : Tensor
+        (G,) prior precisions, ascending; more than 33 are thinned out.
+    link_approx, n_samples
+        See `LoraPredictive.__call__`.
 
     Raises
     ------
+    OptionError
+        If the grid is empty.
     PriorError
         If no value has a finite loss.
     """
-    check_grid(loss, interval)
+    if not len(interval):
+        raise OptionError("Expected grid_size >= 1, but the grid is empty.")
     interval = thinned(interval)
-    batches = [
-        (Moments(*(part.to(la._device, la._dtype) for part in moments)), space.labels)
-        for moments in cavities(space, interval)
-    ]
-    return best_on_moments(la, loss, interval, batches, link_approx, n_samples)
+    moments = held_out(space, interval)
+    losses = []
+    devices = [la._device] if la._device.type == "cuda" else []
+    for index in range(len(interval)):
+        mean, covariance = (part.to(la._device, la._dtype) for part in moments.at(index))
+        with torch.random.fork_rng(devices):  # the same random numbers for every value
+            result = la(
+                Moments(mean, covariance),
+                link_approx=link_approx,
+                n_samples=n_samples,
+                fitting=True,
+            )
+        if isinstance(result, Tensor):
+            losses.append(smoothed_nll(result, space.labels))
+        else:
+            variance = covariance.diagonal(dim1=-2, dim2=-1) + la.sigma_noise.square()
+            losses.append(F.gaussian_nll_loss(mean, space.labels.to(mean), variance))
+    scores = torch.stack(losses).nan_to_num(torch.inf)
+    if not bool(scores.isfinite().any()):
+        raise PriorError(
+            f"Expected a finite leave-one-out loss for at least one of {len(interval)} prior "
+            f"precisions between {float(interval[0]):g} and {float(interval[-1]):g}, but there is "
+            "none. Check the training labels, or use method='gridsearch'."
+        )
+    return interval[int(scores.argmin())]
 
 
 def thinned(interval: Tensor) -> Tensor:
@@ -68,8 +88,14 @@ def thinned(interval: Tensor) -> Tensor:
     return interval[:: max(len(interval) // GRID_SIZE, 1)]
 
 
-def cavities(space: FunctionSpace, interval: Tensor) -> tuple[Moments, Moments]:
-    """Return what the linear model says of each example from the others, around both means.
+def held_out(space: FunctionSpace, interval: Tensor) -> Moments:
+    """Return what the linearised model says of each example from the others.
+
+    Two things decide whether it can be trusted on tasks that were learnt and on tasks that were
+    not. Its prior mean is the model without its adapter, not the linearisation at ``lora_B = 0``,
+    which has seen the labels. And its mean does not depend on the prior precision under trial:
+    the deployed mean is the trained model whatever the prior, so the linear model, too, is taken
+    where it fits its examples as closely as the trained model does.
 
     Parameters
     ----------
@@ -80,29 +106,39 @@ def cavities(space: FunctionSpace, interval: Tensor) -> tuple[Moments, Moments]:
 
     Returns
     -------
-    shrunk, fitted : Moments
-        Mean (G, N, C) and covariance (G, N, C, C), around the mode under the same prior
-        precision, and around the mode that fits as closely as the trained model.
+    moments : Moments
+        Mean (N, C) and covariances (G, N, C, C).
     """
-    modes: list[Mode] = []
-    for delta in interval.flip(0).tolist():  # from the prior mean's side, each from the last
-        modes.insert(0, space.mode(delta, modes[0] if modes else None))
-    index = _as_fitted_as_trained(space, modes)
-    anchor = space.leave_one_out(modes[index], float(interval[index]))
-    shrunk, fitted = [], []
-    for delta, mode in zip(interval.tolist(), modes, strict=True):
-        shrunk.append(space.leave_one_out(mode, delta))
-        fitted.append(space.leave_one_out(modes[index], delta)._replace(mean=anchor.mean))
-    return _stack(shrunk), _stack(fitted)
+    mode, delta = _as_fitted_as_trained(space, interval)
+    mean = space.leave_one_out(mode, delta).mean
+    return Moments(mean, space.basis @ space.cavities(mode, interval) @ space.basis.T)
 
 
-def _as_fitted_as_trained(space: FunctionSpace, modes: list[Mode]) -> int:
-    """Return the index of the largest prior precision whose mode fits as well as the model."""
+def _as_fitted_as_trained(space: FunctionSpace, interval: Tensor) -> tuple[Mode, float]:
+    """Return the mode under the largest prior precision at which it fits as the model does."""
     target = space.log_likelihood(space.trained)
-    fits = [bool(space.log_likelihood(mode.latent) >= target) for mode in modes]
-    return max((index for index, fit in enumerate(fits) if fit), default=0)
+    mode: Mode | None = None
+    for delta in interval.flip(0).tolist():  # from the prior mean's side, each from the last
+        mode = space.mode(delta, mode)
+        if bool(space.log_likelihood(mode.latent) >= target):
+            break
+    assert mode is not None
+    return mode, delta
 
 
-def _stack(moments: list[Moments]) -> Moments:
-    means, covariances = zip(*moments, strict=True)
-    return Moments(torch.stack(means), torch.stack(covariances))
+def smoothed_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean NLL over N examples and one more, of which every label is as likely.
+
+    Laplace's rule of succession: of N right answers, it cannot be learnt that all are right.
+
+    Parameters
+    ----------
+    probabilities : Tensor
+        (N, C).
+    labels : Tensor
+        (N,).
+    """
+    logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+    n = len(labels)
+    right = logs.gather(1, labels[:, None]).sum()
+    return -(right + logs.mean()) / (n + 1)

@@ -73,7 +73,7 @@ class LoraTuned(LoraPredictive):
             Of ``'marglik'``, as in the parent. ``'val_grad'`` takes `n_steps` and `lr` too, starts
             from the best scalar, and knows the structures ``'scalar'`` and ``'layerwise'``.
         val_loader, loss, n_samples, verbose, progress_bar
-            As in the parent.
+            As in the parent; ``'loo'`` takes no loss.
         log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
             The grid, as in the parent; ``'val_grad'`` stays between its bounds.
         link_approx : str, default='qmc'
@@ -108,6 +108,11 @@ class LoraTuned(LoraPredictive):
                 f"Expected prior_structure='scalar' for method={method!r}, but got "
                 f"{prior_structure!r}. Use method='val_grad' or 'marglik'."
             )
+        if method == "loo" and loss is not None:
+            raise OptionError(
+                "Expected no loss for method='loo', which scores the negative log likelihood. Use "
+                "method='gridsearch' with a val_loader for another one."
+            )
         before = self.prior_precision
         try:
             if method == "gridsearch":
@@ -123,8 +128,8 @@ class LoraTuned(LoraPredictive):
                 )  # fmt: skip
             elif method == "loo":
                 self.prior_precision = leave_one_out(
-                    self, self._training_space(train_loader, progress_bar),
-                    default_loss(self) if loss is None else loss, interval, link_approx, n_samples,
+                    self, self._training_space(train_loader, progress_bar), interval, link_approx,
+                    n_samples,
                 )  # fmt: skip
             elif method == "marglik" and evidence == "linear_mode":
                 self.prior_precision = linear_mode_evidence(
