@@ -223,16 +223,22 @@ class FunctionSpace:
         values, vectors = torch.linalg.eigh(self._between(root))
         right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1)
         half = (vectors.T @ right).view(n * k, n, k)
-        squares = torch.einsum("mnk,mnl->mnkl", half, half).flatten(1)
         weights = 1 / (deltas[:, None] + values.clamp_min(0))  # (G, N K)
         blocks = self.kernel.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        explained = (weights @ squares).view(-1, n, k, k)
-        variance = (blocks - explained) / deltas[:, None, None, None]
-        # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step.
+        variance = (blocks - _weighted(half, weights)) / deltas[:, None, None, None]
+        # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step; and the
+        # difference is a block of delta (delta + S^T K S)^-1, which does not cancel.
         moved = root.mT @ variance
-        inner = torch.eye(k).to(moved) - moved @ root
+        inner = _weighted(vectors.T.reshape(n * k, n, k), deltas[:, None] * weights)
         cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
         return (cavity + cavity.mT) / 2
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum_m w_gm r_mn r_mn^T`` (G, N, K, K) of rows (M, N, K) and weights (G, M)."""
+    m, n, k = rows.shape
+    outer = (rows[..., None] * rows[..., None, :]).view(m, -1)
+    return (weights @ outer).view(-1, n, k, k)
 
 
 def contrasts(classes: int, like: Tensor) -> Tensor:
