@@ -167,6 +167,11 @@ class FunctionSpace:
         right = (self.kernel.view(-1, n, k).transpose(0, 1) @ root).transpose(0, 1)
         return (root.mT @ right.reshape(n, k, -1)).reshape(n * k, n * k)
 
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """Return each example's own block (N, K, K) of a matrix (N K, N K)."""
+        n, k = self.trained.shape
+        return matrix.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
     def log_evidence(self, delta: float, start: Mode | None = None) -> tuple[Tensor, Mode]:
         """Return Laplace's log evidence at the linear model's own mode, and that mode.
 
@@ -200,11 +205,11 @@ class FunctionSpace:
         factor = self._cholesky(root, delta)
         right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1) / delta  # S^T K
         half = torch.linalg.solve_triangular(factor, right, upper=False).view(n * k, n, k)
-        blocks = self.kernel.view(n, k, n, k).diagonal(dim1=0, dim2=2).permute(2, 0, 1) / delta
-        variance = blocks - torch.einsum("mnk,mnl->nkl", half, half)
-        # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step.
+        variance = self._blocks(self.kernel) / delta - torch.einsum("mnk,mnl->nkl", half, half)
+        # V (I - S S^T V)^-1 = V + V S (I - S^T V S)^-1 S^T V, symmetric in every step; and the
+        # difference is a block of (I + S^T K S)^-1, which does not cancel under a weak prior.
         moved = root.mT @ variance
-        inner = torch.eye(k).to(moved) - moved @ root
+        inner = self._blocks(torch.cholesky_inverse(factor))
         cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
         cavity = (cavity + cavity.mT) / 2
         mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
