@@ -187,7 +187,7 @@ def test_leave_one_out_is_exact_in_regression(options, delta):
 
 @EACH_LINEAR
 @EACH_DELTA
-@pytest.mark.parametrize("ratio", [1.0, 0.1, 10.0])
+@pytest.mark.parametrize("ratio", [1.0, 0.1])
 def test_leave_one_out_equals_its_formula_in_weight_space(options, delta, ratio):
     """The example's own curvature is taken off the precision; also where the mode is another's."""
     linear = Linear(**options)
@@ -210,9 +210,7 @@ def test_leave_one_out_equals_its_formula_in_weight_space(options, delta, ratio)
 @pytest.mark.parametrize("options", [{"n": 30, "p": 8}, {"n": 30, "p": 8, "c": 2}])
 @pytest.mark.parametrize(("delta", "limit"), [(1.0, 0.3), (30.0, 0.02)])
 def test_leave_one_out_is_close_to_refitting(options, delta, limit):
-    """Allowed: 0.3 (weak prior) or 0.02 of the width of a distribution, as what one of 30 examples
-    adds is taken out to first order; of a covariance, as much of its size.
-    """
+    """Allowed: 0.3 (weak prior) or 0.02 of a distribution's width, and of a covariance's size."""
     linear = Linear(**options)
     space = linear.space()
     moments = space.leave_one_out(space.mode(delta), delta)
@@ -289,9 +287,7 @@ def test_extreme_prior_precisions(options, descending):
 @pytest.mark.parametrize("delta", [1e-8, 1e-4, 1e4, 1e8])
 @pytest.mark.parametrize("options", [{}, {"c": 2}, {"n": 15, "p": 6}, {"regression": True}])
 def test_leave_one_out_under_extreme_prior_precisions(options, delta):
-    """Of flat and of tight priors, the covariance still is the refitted one's (regression), or
-    that of the formula; allowed: 1e-3 of it.
-    """
+    """The covariance still is that of the formula, to 1e-3 of it."""
     linear = Linear(**options)
     space = linear.space()
     mode = space.mode(1.0)
