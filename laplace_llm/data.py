@@ -37,28 +37,33 @@ def labelled(
         If the loader is empty, or a batch is neither kind or has no labels.
     """
     empty = True
-    for batch in tqdm(loader, desc=description, disable=not progress_bar):
+    for index, batch in enumerate(tqdm(loader, desc=description, disable=not progress_bar)):
         empty = False
-        x: Batch
-        if isinstance(batch, MutableMapping):
-            if key not in batch:
-                raise DataError(
-                    f"Expected labels under {key!r} in every batch, but got the keys "
-                    f"{sorted(batch)}. Add them in the collator, or name their key with "
-                    "dict_key_y=..."
-                )
-            x, y = batch, batch[key]
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-            x, y = batch
-            x = x.to(device) if isinstance(x, Tensor) else x
-        else:
-            raise DataError(
-                f"Expected each batch to be a mapping or an (X, y) pair, but got a "
-                f"{type(batch).__name__}."
-            )
+        try:
+            x, y = _split(batch, key)
+        except DataError as error:
+            raise numbered(error, index) from error
+        if isinstance(x, Tensor):
+            x = x.to(device)
         yield x, torch.as_tensor(y).to(device)
     if empty:
         raise DataError("Expected a loader with at least one batch, but it yielded none.")
+
+
+def _split(batch: Any, key: str) -> tuple[Batch, Any]:
+    """Return the inputs and labels of a batch of either kind."""
+    if isinstance(batch, MutableMapping):
+        if key not in batch:
+            raise DataError(
+                f"Expected labels under {key!r} in every batch, but got the keys {sorted(batch)}. "
+                "Add them in the collator, or name their key with dict_key_y=..."
+            )
+        return batch, batch[key]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise DataError(
+        f"Expected each batch to be a mapping or an (X, y) pair, but got a {type(batch).__name__}."
+    )
 
 
 def numbered(error: LaplaceLLMError, index: int) -> LaplaceLLMError:

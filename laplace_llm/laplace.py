@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,9 +79,9 @@ class LoraLaplace(LoraTuned):
         self.n_outputs = n_outputs
         self._train_sample = sample
         earlier = self._train_loaders if merge else []
-        # An iterator is used up now; the loader can be passed over again.
-        again = [] if train_loader is iter(train_loader) else [train_loader]
-        self._train_loaders = [*earlier, *again]
+        # An iterator is used up now; and some of the data must not pass for all of them.
+        gone = earlier is None or isinstance(train_loader, Iterator)
+        self._train_loaders = None if gone else [*(earlier or []), train_loader]
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):
@@ -146,7 +146,7 @@ class LoraLaplace(LoraTuned):
         for key in ("prior_mean", "prior_precision", "sigma_noise"):
             setattr(self, key, state_dict[key])
         self._set_curvature(curvature, merge=False)
-        self._train_loaders, self._train_sample = [], []
+        self._train_loaders, self._train_sample = None, []
 
     def _curvature_state(self) -> Any:
         return self.H

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -67,8 +68,9 @@ def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> T
     """Return ``E[softmax(f)]`` for ``f ~ N(mean, covariance)`` by quasi-Monte Carlo integration.
 
     The same scrambled Sobol points serve every row and every call, so the result is deterministic,
-    does not depend on the batch, and is smooth in the moments. Classes are integrated from the
-    likeliest to the unlikeliest, so that their order has no effect either.
+    does not depend on the batch, and is smooth in the covariance. What is integrated are the
+    differences to the likeliest class, from the second likeliest to the unlikeliest, so that
+    neither what all logits share nor the order of the classes has an effect.
 
     Parameters
     ----------
@@ -90,30 +92,39 @@ def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> T
     rows = order[:, :, None].expand_as(covariance)
     mean = mean.gather(-1, order)
     covariance = covariance.gather(-2, rows).gather(-1, rows.mT)
-    noise = _normal_points(mean.shape[1], points).to(mean)  # (S, C)
-    logits = mean[:, None] + noise @ _root(covariance).mT  # (B, S, C)
-    probabilities = torch.softmax(logits, -1).mean(1)
+    mean, covariance = mean[:, 1:] - mean[:, :1], _differences(covariance)
+    noise = _normal_points(mean.shape[1], points).to(mean)  # (S, C - 1)
+    logits = mean[:, None] + noise @ _root(covariance).mT  # (B, S, C - 1)
+    probabilities = torch.softmax(F.pad(logits, (1, 0)), -1).mean(1)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
+
+
+def _differences(covariance: Tensor) -> Tensor:
+    """Return the covariance (..., C - 1, C - 1) of the differences to the first logit."""
+    rows = covariance[..., 1:, :] - covariance[..., :1, :]
+    return rows[..., 1:] - rows[..., :1]
 
 
 def _root(covariance: Tensor) -> Tensor:
     """Return L with ``L L^T`` the covariance, also where it is singular up to rounding."""
-    scale = covariance.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo().tiny)
+    scale = covariance.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-20)
     jitter = 10 * covariance.shape[-1] * torch.finfo(covariance.dtype).eps * scale
     identity = torch.eye(covariance.shape[-1]).to(covariance)
     root, failed = torch.linalg.cholesky_ex(covariance + jitter[:, None, None] * identity)
-    if bool(failed.any()):
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    if bool(failed.any()):  # lift the lowest eigenvalue, of these rows alone
+        lowest = torch.linalg.eigvalsh(covariance.detach())[:, 0]
+        jitter = torch.where(failed > 0, 2 * (jitter - lowest), jitter)
+        root = torch.linalg.cholesky(covariance + jitter[:, None, None] * identity)
     return root
 
 
 @lru_cache(maxsize=8)
 def _normal_points(dim: int, points: int) -> Tensor:
-    """Return the (S, C) standard normal points: the same in every run and process."""
-    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
-    uniform = engine.draw(2 ** math.ceil(math.log2(points)), dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    """Return the (S, dim) standard normal points: the same in every run and process."""
+    with torch.inference_mode(False):  # kept for calls that need a gradient
+        engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
+        uniform = engine.draw(2 ** math.ceil(math.log2(points)), dtype=torch.float64)
+        return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
 
 
 # The links that are differentiable functions of the moments alone.

@@ -208,11 +208,16 @@ class LoraPosterior(ParametricLaplace):
 
         Only where tensors are independent, so that the output covariance is a sum over them.
         """
-        raise OptionError(
-            f"Expected prior_structure='scalar', as in {type(self).__name__} the variances of the "
-            "tensors do not add up. Use hessian_structure='kron' or 'diag' for a prior precision "
-            "per tensor."
-        )
+        raise NotImplementedError
+
+    def _check_independent(self) -> None:
+        """Raise OptionError unless there are `_tensor_variances`."""
+        if type(self)._tensor_variances is LoraPosterior._tensor_variances:
+            raise OptionError(
+                f"Expected prior_structure='scalar', as in {type(self).__name__} the variances of "
+                "the tensors do not add up. Use hessian_structure='kron' or 'diag' for a prior "
+                "precision per tensor."
+            )
 
     def _variance_grid(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
         """Return (G, B, C, C): `_variance` for each of G scalar prior precisions."""

@@ -45,6 +45,8 @@ class LoraPredictive(LoraPosterior):
             If layerwise, and the tensors' variances do not add up in this structure.
         """
         self._check_H_init()
+        if layerwise:
+            self._check_independent()
         variance = self._tensor_variances if layerwise else self._variance_grid
         with self._borrowed(), keeping_prior(self):
             moments = glm_moments(

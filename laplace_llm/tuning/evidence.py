@@ -71,6 +71,6 @@ def _confidence(la: LoraPredictive, batches: list[Batch]) -> tuple[float, float]
     trained, uncertain = [], []
     for batch in batches:
         mean, covariance = la._glm_predictive_distribution(batch)
-        trained.append(torch.softmax(mean, -1).amax(-1))
-        uncertain.append(quasi_monte_carlo(mean, covariance).amax(-1))
+        trained.append(torch.softmax(mean, -1).amax(-1).detach())
+        uncertain.append(quasi_monte_carlo(mean, covariance).amax(-1).detach())
     return float(torch.cat(trained).mean()), float(torch.cat(uncertain).mean())

@@ -26,7 +26,7 @@ Method = Literal["loo", "gridsearch", "val_grad", "marglik"]
 class LoraTuned(LoraPredictive):
     """A posterior over LoRA weights whose prior precision can be chosen."""
 
-    _train_loaders: list[Iterable[Any]]
+    _train_loaders: list[Iterable[Any]] | None = None
     _train_sample: list[Batch]
     _warned = False
 
@@ -80,7 +80,7 @@ class LoraTuned(LoraPredictive):
             The link whose predictions are scored; see `__call__`.
         train_loader : Iterable, optional
             Training data for ``'loo'`` and ``evidence='linear_mode'``; default: what `fit` was
-            given, unless that was an iterator, which is used up by then.
+            given, unless some of that was an iterator, which is used up by then.
         evidence : {'trained', 'linear_mode'}, default='trained'
             Of ``'marglik'``: the parent's formula at the trained weights, or the linearised
             model's evidence at its own mode (`laplace_llm.tuning.evidence`), over the grid.
@@ -154,7 +154,7 @@ class LoraTuned(LoraPredictive):
 
     def _training_space(self, loader: Iterable[Any] | None, progress_bar: bool) -> FunctionSpace:
         if loader is None:
-            if not getattr(self, "_train_loaders", None):
+            if self._train_loaders is None:
                 raise DataError(
                     "Expected the training data in train_loader=..., as fit() was given an "
                     "iterator or the posterior was loaded. Or use method='gridsearch'."

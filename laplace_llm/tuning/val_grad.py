@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_llm.data import check_labels, labelled, numbered
-from laplace_llm.errors import DataError, OptionError
+from laplace_llm.errors import DataError, OptionError, PriorError
 from laplace_llm.links import CLOSED_FORMS
 from laplace_llm.moments import Moments
 
@@ -102,7 +102,9 @@ def val_grad(
     Raises
     ------
     OptionError
-        If the loss or the link has no gradient.
+        If the loss or the link has no gradient, or tensors are not independent but are to be.
+    PriorError
+        If no value has a finite loss.
     DataError
         If the loader is empty or has no labels.
     """
@@ -117,6 +119,8 @@ def val_grad(
             f"Expected loss to be a differentiable function for method='val_grad', but got "
             f"{type(loss).__name__}. Metrics work with method='gridsearch'."
         )
+    if layerwise:
+        la._check_independent()
     regression = la.likelihood == "regression"
     low, high = (math.log10(bound) for bound in bounds)
     grid = torch.logspace(low, high, max(math.ceil(NODES_PER_DECADE * (high - low)), 4) + 1)
@@ -154,13 +158,28 @@ def descend(
     covariance_at, logs = Interpolation(grid, covariances), grid.log()
     with torch.no_grad():
         losses = torch.stack([objective(values.sum(0)) for values in covariances])
+    losses = losses.where(losses.isfinite(), torch.inf)
+    if bool(losses.isinf().all()):
+        raise PriorError(
+            f"Expected a finite loss for at least one of {len(grid)} prior precisions between "
+            f"{float(grid[0]):g} and {float(grid[-1]):g}, but there is none. Check the labels and "
+            "the loss."
+        )
     best = logs[int(losses.argmin())].expand(covariances.shape[1]).clone()
     log_delta, lowest = best.clone().requires_grad_(), losses.min()
     optimizer = torch.optim.Adam([log_delta], lr=lr)
     with torch.enable_grad():
         for _ in range(n_steps):
             optimizer.zero_grad()
-            objective(covariance_at(log_delta)).backward()
+            value = objective(covariance_at(log_delta))
+            if not value.requires_grad:
+                raise OptionError(
+                    "Expected loss to be a differentiable function for method='val_grad', but its "
+                    "result has no gradient. Any loss works with method='gridsearch'."
+                )
+            value.backward()
+            if log_delta.grad is None or not bool(log_delta.grad.isfinite().all()):
+                break
             optimizer.step()
             with torch.no_grad():
                 log_delta.clamp_(logs[0], logs[-1])
