@@ -195,7 +195,7 @@ class FunctionSpace:
         moments : Moments
             Mean (N, C) and covariance (N, C, C) of the outputs.
         """
-        cavity = self.cavities(mode, torch.tensor([delta]))[0]
+        cavity = self.cavities(mode, self.kernel.new_tensor([delta]))[0]
         mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
         return Moments(mean @ self.basis.T, self.basis @ cavity @ self.basis.T)
 

@@ -47,7 +47,7 @@ STRUCTURES = {
 PRIOR = {"temperature": 0.5, "prior_mean": 0.1}
 
 
-# Tiny models know little; the warning has a test of its own (test_tuning.py).
+# Tiny models know little; the warning has a test of its own (test_evidence.py).
 quiet_marglik = pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
 
 

@@ -1,6 +1,5 @@
 """Choosing the prior precision: leave-one-out, evidences, their warning; errors of all methods."""
 
-import re
 import warnings
 
 import pytest
@@ -76,7 +75,7 @@ def assert_chosen(la, value):
 
 
 def loo_choice(la, batches, interval, link=quasi_monte_carlo):
-    """Return the value with the lowest loss under both means, each mode from scratch."""
+    """Return the value with the lowest loss, each mode and each covariance from scratch."""
     space = training_space(la, batches)
     target = space.log_likelihood(space.trained)
     modes = [space.mode(delta) for delta in interval.tolist()]
@@ -84,12 +83,16 @@ def loo_choice(la, batches, interval, link=quasi_monte_carlo):
     anchor = max(close, default=0)
     mean = space.leave_one_out(modes[anchor], float(interval[anchor])).mean
     losses = []
-    for delta, mode in zip(interval.tolist(), modes, strict=True):
-        shrunk = space.leave_one_out(mode, delta)
-        trained = space.leave_one_out(modes[anchor], delta).covariance
-        losses.append(
-            nll(link(*shrunk), space.labels) + nll(link(mean, trained), space.labels)
-        )  # fmt: skip
+    for delta in interval.tolist():
+        covariance = space.leave_one_out(modes[anchor], delta).covariance
+        if la.likelihood == "regression":
+            deviation = (covariance.diagonal(dim1=1, dim2=2) + la.sigma_noise**2).sqrt()
+            log_prob = torch.distributions.Normal(mean, deviation).log_prob(space.labels)
+            losses.append(-float(log_prob.mean()))
+        else:  # one example more, of which every label is as likely
+            logs = link(mean, covariance).log()
+            right = logs.gather(1, space.labels[:, None])
+            losses.append(-float(right.sum() + logs.mean()) / (len(logs) + 1))
     return float(interval[losses.index(min(losses))])
 
 
@@ -113,35 +116,27 @@ def test_leave_one_out_thins_a_fine_grid():
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
-def test_leave_one_out_takes_a_link_a_loss_and_a_temperature(temperature):
+def test_leave_one_out_takes_a_link_and_a_temperature(temperature):
     la = fitted(temperature=temperature)
     la.optimize_prior_precision(link_approx="mean_field", **GRID)
     assert_chosen(la, loo_choice(la, train().batches, INTERVAL, mean_field))
-    calls = []
 
-    def brier(probabilities, labels):
-        loss = (probabilities - F.one_hot(labels, 3)).square().sum(1)
-        calls.append(float(loss.mean()))
-        assert loss.shape == (28,)  # 14 examples, under two means
-        return loss.mean()
 
-    la.optimize_prior_precision(loss=brier, **GRID)
-    assert len(set(calls)) == 11
-    assert_chosen(la, INTERVAL[calls.index(min(calls))])
+def test_leave_one_out_takes_no_loss():
+    loader = train()
+    la = fitted(loader=loader)
+    with pytest.raises(OptionError, match="no loss for method='loo'"):
+        la.optimize_prior_precision(loss=lambda p, y: p.sum())
+    assert loader.passes == 1
+    assert_chosen(la, 0.7)
 
 
 @pytest.mark.parametrize("structure", ["kron", "lowrank, B"])
 def test_leave_one_out_in_regression(structure):
-    """The squared error of the refitted means, which shrink; nothing else sees the value."""
     x, y = mlp_batch(14, regression=True)
     la = fitted(structure, [(x, y)], "regression", sigma_noise=0.5)
     la.optimize_prior_precision(**GRID)
-    space = training_space(la, [(x, y)])
-    losses = [
-        float((space.leave_one_out(space.mode(delta), delta).mean - y).square().mean())
-        for delta in INTERVAL.tolist()
-    ]
-    assert_chosen(la, INTERVAL[losses.index(min(losses))])
+    assert_chosen(la, loo_choice(la, [(x, y)], INTERVAL))
 
 
 def learnt_or_not(seed, labels):
@@ -243,73 +238,6 @@ def test_fit_passes_over_a_loader_once():
     loader = train()
     fitted(loader=loader)
     assert loader.passes == 1
-
-
-# The marginal likelihood --------------------------------------------------------------------------
-
-
-@ALL
-def test_evidence_of_the_linear_model(structure):
-    la = fitted(structure)
-    la.optimize_prior_precision(method="marglik", evidence="linear_mode", **GRID)
-    space = training_space(la, train().batches)
-    values = torch.stack([space.log_evidence(delta)[0] for delta in INTERVAL.tolist()])
-    assert_chosen(la, INTERVAL[int(values.argmax())])
-
-
-def confident(**kwargs):
-    """Return a posterior over a trained model, and its loader of 20 examples a batch."""
-    model, batch, _ = learnt_or_not(0, "random")
-    loader = Loader(chunks(batch, 20))
-    return fitted(model=model, loader=loader, **kwargs), loader
-
-
-def confidence(probabilities):
-    return float(probabilities.detach().amax(1).mean())
-
-
-@pytest.mark.parametrize("enable_backprop", [False, True])
-def test_marglik_warns_once_of_lost_confidence(enable_backprop):
-    la, loader = confident(enable_backprop=enable_backprop)
-    with pytest.warns(UserWarning, match="mean confidence.*method='loo'") as caught:
-        la.optimize_prior_precision(method="marglik")
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    x = torch.cat([x for x, _ in loader.batches[:2]])  # as many batches as hold 32 examples
-    before, after = confidence(torch.softmax(la.model(x), -1)), confidence(la(x))
-    assert before - after > 0.2
-    pattern = r"chose the prior precision (\S+), under .* from (\S+) to (\S+):"
-    numbers = re.search(pattern, str(caught[0].message)).groups()
-    expected = [float(la.prior_precision), before, after]
-    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.0051)
-    la.optimize_prior_precision(method="marglik")  # again: an error if it warned
-
-
-def test_marglik_does_not_warn_where_confidence_is_kept():
-    la, loader = confident()
-    x, _ = loader.batches[0]
-    la.optimize_prior_precision(method="marglik", init_prior_prec=1e3, n_steps=5)
-    assert confidence(torch.softmax(la.model(x), -1)) - confidence(la(x)) < 0.2
-
-
-def test_no_other_method_warns():
-    la, _ = confident()
-    la.optimize_prior_precision(**GRID)
-    la.optimize_prior_precision(method="marglik", evidence="linear_mode", **GRID)
-    one = {"log_prior_prec_min": -4, "log_prior_prec_max": -4, "grid_size": 1}
-    la.optimize_prior_precision(val_loader=val(), **one)
-
-
-def test_marglik_never_warns_of_regression():
-    x, y = mlp_batch(12, regression=True)
-    la = fitted(loader=[(x, 100 * y)], likelihood="regression")
-    la.optimize_prior_precision(method="marglik", n_steps=5)
-
-
-def test_marglik_does_not_warn_without_examples():
-    la, _ = confident()
-    la.load_state_dict(la.state_dict())
-    la.optimize_prior_precision(method="marglik", n_steps=20)
 
 
 # Which method, and what it leaves -----------------------------------------------------------------

@@ -95,6 +95,7 @@ def test_use(structure, use):
     assert snapshot(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend(backend, structure):
@@ -135,6 +136,7 @@ def test_use_without_gradients(context):
     assert snapshot(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize(
     "use", ["fit", "fit more", "marglik", "grid glm", "grid mc", "glm", "state"]
 )

@@ -153,6 +153,13 @@ def descend(
         A differentiable loss of covariances (N, C, C).
     n_steps, lr
         Of Adam, on the logarithms.
+
+    Raises
+    ------
+    OptionError
+        If the objective has no gradient.
+    PriorError
+        If no value has a finite loss.
     """
     grid = grid.to(covariances)
     covariance_at, logs = Interpolation(grid, covariances), grid.log()
