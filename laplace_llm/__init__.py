@@ -14,8 +14,8 @@ from laplace_llm.collate import (
 )
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
-from laplace_llm.prediction import shared_moments_grid
 from laplace_llm.scoring_head import ChoiceScoringHead
+from laplace_llm.shared import shared_moments_grid
 from laplace_llm.structures import (
     DiagLoraLaplace,
     FullLoraLaplace,

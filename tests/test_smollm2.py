@@ -137,6 +137,14 @@ def test_variance_is_psd_and_decreases_in_the_prior_precision(fitted, tokenizer)
     torch.testing.assert_close(covariances[2], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_default_rule_needs_nothing_but_the_fit(fitted):
+    la, before, _ = fitted
+    la.optimize_prior_precision()
+    assert 1e-4 <= la.prior_precision.item() <= 1e4
+    assert snapshot(la.model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
 def test_marginal_likelihood_can_be_tuned(fitted):
     la, _, _ = fitted
     la.prior_precision = 1.0
