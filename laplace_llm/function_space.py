@@ -236,9 +236,11 @@ class FunctionSpace:
 
 def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
     """Return ``sum_m w_gm r_mn r_mn^T`` (G, N, K, K) of rows (M, N, K) and weights (G, M)."""
-    m, n, k = rows.shape
-    outer = (rows[..., None] * rows[..., None, :]).view(m, -1)
-    return (weights @ outer).view(-1, n, k, k)
+    parts = []
+    for row in rows.unbind(1):  # (M, K); all outer products at once would take N times as much
+        outer = (row[:, :, None] * row[:, None, :]).flatten(1)
+        parts.append((weights @ outer).unflatten(1, (row.shape[1], -1)))
+    return torch.stack(parts, 1)
 
 
 def contrasts(classes: int, like: Tensor) -> Tensor:

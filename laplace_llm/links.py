@@ -88,6 +88,8 @@ def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> T
     """
     if covariance.ndim == mean.ndim:
         covariance = torch.diag_embed(covariance)
+    if mean.shape[1] == 1:
+        return torch.ones_like(mean)
     order = mean.detach().argsort(dim=-1, descending=True, stable=True)
     rows = order[:, :, None].expand_as(covariance)
     mean = mean.gather(-1, order)

@@ -500,6 +500,7 @@ UNLABELLED = lambda: [without(letter_batch(3), "labels")]  # noqa: E731
     ("tune start negative", marglik(init_prior_prec=-1.0), PriorError, r"\[-1\.0\]"),
     ("tune method", tune(method="guess"), OptionError, "'guess'"),
     ("tune evidence", marglik(evidence="guess"), OptionError, "'guess'"),
+    ("loo nn", tune(pred_type="nn"), OptionError, "'nn'"),
     ("loo per tensor", tune(prior_structure="layerwise"), OptionError, "'layerwise'"),
     ("tune structure", marglik(prior_structure="rows"), ValueError, "rows"),
     ("tune per weight", marglik(prior_structure="diag"), PriorError, r"1 or 8.*\(336,\)"),

@@ -114,6 +114,12 @@ def test_without_covariance_it_is_a_softmax(link, classes):
     torch.testing.assert_close(link(mean, zeros), torch.softmax(mean, -1), **EXACT)
 
 
+@EACH_LINK
+def test_one_class_is_certain(link):
+    ones = torch.ones(3, 1).double()
+    torch.testing.assert_close(link(randn(3, 1), torch.ones(3, 1, 1).double()), ones, **EXACT)
+
+
 @EACH_INTEGRAL
 @CLASSES
 @pytest.mark.parametrize("shared", [0.3, 100.0])

@@ -108,6 +108,11 @@ class LoraTuned(LoraPredictive):
                 f"Expected prior_structure='scalar' for method={method!r}, but got "
                 f"{prior_structure!r}. Use method='val_grad' or 'marglik'."
             )
+        if method in ("loo", "val_grad") and pred_type != "glm":
+            raise OptionError(
+                f"Expected pred_type='glm' for method={method!r}, but got {pred_type!r}. Use "
+                "method='gridsearch' for sampled weights."
+            )
         if method == "loo" and loss is not None:
             raise OptionError(
                 "Expected no loss for method='loo', which scores the negative log likelihood. Use "
