@@ -47,10 +47,6 @@ STRUCTURES = {
 PRIOR = {"temperature": 0.5, "prior_mean": 0.1}
 
 
-# Tiny models know little; the warning has a test of its own (test_evidence.py).
-quiet_marglik = pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
-
-
 class Case(NamedTuple):
     structure: str
     head: str
@@ -649,7 +645,6 @@ def test_gridsearch_without_a_finite_loss_changes_nothing(case):
     torch.testing.assert_close(la(inputs_of(batch)), probabilities, **EXACT)
 
 
-@quiet_marglik
 @ALL
 def test_marglik_increases_the_marginal_likelihood(case):
     la, _ = case.fitted()
@@ -663,7 +658,6 @@ def test_marglik_increases_the_marginal_likelihood(case):
         assert not la.prior_precision.requires_grad
 
 
-@quiet_marglik
 @LETTERS
 def test_marglik_with_one_precision_a_weight(case):
     la, _ = case.fitted()
@@ -681,7 +675,6 @@ def test_marglik_with_one_precision_a_weight(case):
         assert la.log_marginal_likelihood() > evidence
 
 
-@quiet_marglik
 @LETTERS
 def test_marglik_reaches_a_stationary_point(case):
     la, _ = case.fitted()

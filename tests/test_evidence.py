@@ -19,6 +19,8 @@ from test_tuning import (
 
 from laplace_llm.kernel import training_space
 
+pytestmark = pytest.mark.filterwarnings("error:The marginal likelihood chose:UserWarning")
+
 
 @ALL
 def test_evidence_of_the_linear_model(structure):

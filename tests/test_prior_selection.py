@@ -10,7 +10,6 @@ from models import chunks, letter_batch, letter_head
 from prior_selection import GRID, LINKS, STRUCTURES, Cell, collect, rules, structures
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
 ARGV = ["prior_selection.py", "--data-dir", "nowhere", "--tasks", "trec", "--sizes", "50"]
 
 

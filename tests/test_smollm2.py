@@ -144,7 +144,6 @@ def test_the_default_rule_needs_nothing_but_the_fit(fitted):
     assert snapshot(la.model) == before
 
 
-@pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
 def test_marginal_likelihood_can_be_tuned(fitted):
     la, _, _ = fitted
     la.prior_precision = 1.0

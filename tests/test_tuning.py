@@ -15,7 +15,6 @@ from laplace_llm.links import mean_field, quasi_monte_carlo
 ALL = pytest.mark.parametrize("structure", STRUCTURES)
 GRID = {"log_prior_prec_min": -2, "log_prior_prec_max": 3, "grid_size": 11}
 INTERVAL = torch.logspace(-2, 3, 11)
-quiet = pytest.mark.filterwarnings("ignore:The marginal likelihood chose:UserWarning")
 
 
 class Loader:
@@ -304,7 +303,6 @@ def test_tuning_leaves_the_model_alone(act):
         la(mlp_batch(3)[0])
 
 
-@quiet
 @pytest.mark.parametrize("stage", ["sample", "moments"])
 def test_an_error_after_marglik_changes_nothing(stage, monkeypatch):
     la = fitted()

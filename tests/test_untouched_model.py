@@ -84,7 +84,6 @@ each_use = pytest.mark.parametrize("use", [pytest.param(u, id=name) for name, u 
 
 
 @each_use
-@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
 def test_use(structure, use):
     model = used_model()
@@ -95,7 +94,6 @@ def test_use(structure, use):
     assert snapshot(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend(backend, structure):
@@ -136,7 +134,6 @@ def test_use_without_gradients(context):
     assert snapshot(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:The marginal likelihood chose")  # of a random model
 @pytest.mark.parametrize(
     "use", ["fit", "fit more", "marglik", "grid glm", "grid mc", "glm", "state"]
 )
