@@ -71,7 +71,9 @@ def numbered(error: LaplaceLLMError, index: int) -> LaplaceLLMError:
     return type(error)(f"{error} (in batch {index} of the loader, counted from 0)")
 
 
-def check_labels(labels: Tensor, logits: Tensor, regression: bool) -> Tensor:
+def check_labels(
+    labels: Tensor, logits: Tensor, regression: bool, index: int | None = None
+) -> Tensor:
     """Return the labels on the logits' device, or say what is wrong with them.
 
     Parameters
@@ -82,7 +84,19 @@ def check_labels(labels: Tensor, logits: Tensor, regression: bool) -> Tensor:
         (B, C).
     regression : bool
         Which of the two is expected.
+    index : int, optional
+        The batch's number, for the error.
+
+    Raises
+    ------
+    DataError
+        If they are not what is expected.
     """
+    if index is not None:
+        try:
+            return check_labels(labels, logits, regression)
+        except DataError as error:
+            raise numbered(error, index) from error
     labels = labels.to(logits.device)
     if regression:
         if labels.shape != logits.shape:

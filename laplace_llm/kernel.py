@@ -12,8 +12,7 @@ from torch.func import functional_call
 
 from laplace_llm import taps
 from laplace_llm.adapters import LoraTensor, find_lora_tensors
-from laplace_llm.data import check_labels, labelled, numbered
-from laplace_llm.errors import LaplaceLLMError
+from laplace_llm.data import check_labels, labelled
 from laplace_llm.function_space import FunctionSpace, contrasts
 from laplace_llm.session import borrowed
 from laplace_llm.sketch import test_matrix
@@ -65,10 +64,7 @@ def training_space(
         for index, (x, y) in enumerate(batches):
             run = taps.forward(la.model, tensors, x)
             logits = run.logits.detach().double()
-            try:
-                labels.append(check_labels(y, logits, regression))
-            except LaplaceLLMError as error:
-                raise numbered(error, index) from error
+            labels.append(check_labels(y, logits, regression, index))
             classes = logits.shape[1]
             basis = torch.eye(classes).to(logits) if regression else contrasts(classes, logits)
             trained.append(logits @ basis)

@@ -1,9 +1,9 @@
-"""Grid search over validation data, in one pass, and the score that every grid shares."""
+"""Choosing the prior precision on validation data: a grid search that makes one pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,46 +56,21 @@ def gridsearch(
     DataError
         If the loader is empty or has no labels.
     """
-    check_grid(loss, interval)
-    if pred_type == "glm":
-        batches = _moments(la, interval, val_loader, progress_bar)
-        return best_on_moments(la, loss, interval, batches, link_approx, n_samples)
-    _check_labels(la, val_loader)
-    return _best(
-        la, loss, interval, lambda _: val_loader, pred_type, link_approx, n_samples, progress_bar
-    )
-
-
-def check_grid(loss: Any, interval: Tensor) -> None:
-    """Raise OptionError unless there is something to compare, and something to compare it by."""
     if not callable(loss):
         raise OptionError(f"Expected loss to be a metric or a function, but got {loss!r}.")
     if not len(interval):
         raise OptionError("Expected grid_size >= 1, but the grid is empty.")
+    if pred_type == "glm":
+        batches = _moments(la, interval, val_loader, progress_bar)
 
+        def at(index: int) -> list[tuple[Moments, Tensor]]:
+            return [(moments.at(index), y) for moments, y in batches]
 
-def best_on_moments(
-    la: LoraPredictive,
-    loss: Any,
-    interval: Tensor,
-    batches: Sequence[tuple[Moments, Tensor]],
-    link_approx: str,
-    n_samples: int = 100,
-) -> Tensor:
-    """Return the prior precision of the grid with the lowest loss, given the moments.
-
-    Parameters
-    ----------
-    la, loss, interval, link_approx, n_samples
-        See `gridsearch`.
-    batches : Sequence[tuple[Moments, Tensor]]
-        Moments over the grid, and labels.
-    """
-
-    def at(index: int) -> list[tuple[Moments, Tensor]]:
-        return [(moments.at(index), y) for moments, y in batches]
-
-    return _best(la, loss, interval, at, "glm", link_approx, n_samples, False)
+        return _best(la, loss, interval, at, pred_type, link_approx, n_samples, False)
+    _check_labels(la, val_loader)
+    return _best(
+        la, loss, interval, lambda _: val_loader, pred_type, link_approx, n_samples, progress_bar
+    )
 
 
 def _best(
@@ -149,7 +124,8 @@ def _moments(
     results = []
     for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
         moments = la.moments_grid(x, interval)
-        results.append((moments, _checked(la, y, moments.mean, index)))
+        regression = la.likelihood == "regression"
+        results.append((moments, check_labels(y, moments.mean, regression, index)))
     return results
 
 
@@ -158,17 +134,11 @@ def _check_labels(la: LoraPredictive, loader: Any) -> None:
     for index, (_, y) in enumerate(_labelled(la, loader, False)):
         if y.ndim == 0:
             raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
-        _checked(la, y, y.new_zeros(len(y), la.n_outputs, dtype=torch.float32), index)
+        outputs = y.new_zeros(len(y), la.n_outputs, dtype=torch.float32)
+        check_labels(y, outputs, la.likelihood == "regression", index)
 
 
 def _labelled(
     la: LoraPredictive, loader: Any, progress_bar: bool
 ) -> Iterator[tuple[Batch, Tensor]]:
     return labelled(loader, la.dict_key_y, la._device, "[Grid search: one pass]", progress_bar)
-
-
-def _checked(la: LoraPredictive, labels: Tensor, outputs: Tensor, index: int) -> Tensor:
-    try:
-        return check_labels(labels, outputs, la.likelihood == "regression")
-    except DataError as error:
-        raise numbered(error, index) from error

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laplace_llm.data import check_labels, labelled, numbered
-from laplace_llm.errors import DataError, OptionError, PriorError
+from laplace_llm.data import check_labels, labelled
+from laplace_llm.errors import OptionError, PriorError
 from laplace_llm.links import CLOSED_FORMS
 from laplace_llm.moments import Moments
 
@@ -216,10 +216,7 @@ def _pass(
     )
     for index, (x, y) in enumerate(batches):
         moments = la.moments_grid(x, grid, layerwise=layerwise)
-        try:
-            labels.append(check_labels(y, moments.mean, la.likelihood == "regression"))
-        except DataError as error:
-            raise numbered(error, index) from error
+        labels.append(check_labels(y, moments.mean, la.likelihood == "regression", index))
         means.append(moments.mean)
         covariances.append(moments.covariance if layerwise else moments.covariance[:, None])
     return Moments(torch.cat(means), torch.cat(covariances, -3)), torch.cat(labels)
