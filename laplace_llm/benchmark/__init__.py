@@ -1,0 +1,1 @@
+"""Benchmarks on top of the public API: ``python -m laplace_llm.benchmark speed | calibration``."""
