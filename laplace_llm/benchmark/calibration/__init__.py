@@ -1,1 +1,1 @@
-"""How well calibrated are the predictions of each method, on one's own model and task?"""
+"""Calibration of each method's predictions, on one's own model and task."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GROUPS = ("point", "last layer", "LoRA", "LoRA Laplace")
 
 
-class NotApplicable(Exception):  # noqa: N818  # not an error: the table shows the reason
+class NotApplicable(Exception):  # not an error: the table shows the reason
     """Raised by `Method.fit` where a method makes no sense on a problem, with the reason."""
 
 

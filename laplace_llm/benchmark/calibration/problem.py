@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,9 @@ class Problem:
         The adapter's LoRA weights at the end of each epoch of its training, by the names that
         they have in `head`.
     shared : dict
-        For what several methods of one problem compute in common; see `share`.
+        What several methods of this problem have computed in common; see `share`.
+    charged : float
+        Seconds of shared work that methods were spared.
     """
 
     task: str
@@ -47,3 +50,19 @@ class Problem:
     train_adapter: Callable[..., nn.Module]
     checkpoints: list[dict[str, Tensor]]
     shared: dict[str, tuple[float, Any]] = field(default_factory=dict)
+    charged: float = 0.0
+
+    def share(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, made once a problem; its time is charged to every user.
+
+        `charged` grows by the seconds that the first call took whenever a later one is spared
+        them, so that costs are as if each method had done its own work.
+        """
+        if key in self.shared:
+            seconds, value = self.shared[key]
+            self.charged += seconds
+            return value
+        start = time.perf_counter()
+        value = make()
+        self.shared[key] = (time.perf_counter() - start, value)
+        return value
