@@ -29,12 +29,15 @@ class LoraTensor:
         The parameter's qualified name in the model.
     module : torch.nn.Linear
         ``lora_A[adapter]`` of weight (r, d_in), or ``lora_B[adapter]`` of weight (d_out, r).
+    layer : torch.nn.Module
+        PEFT's layer around it.
     side : {'A', 'B'}
         Which of the two it is.
     """
 
     name: str
     module: nn.Linear
+    layer: nn.Module
     side: Literal["A", "B"]
 
     @property
@@ -144,16 +147,16 @@ def find_lora_tensors(
     if sides not in get_args(Sides):
         raise OptionError(f"Expected tensors='AB' or tensors='B', but got {sides!r}.")
     adapter = resolve_adapter(model, adapter)
-    modules: dict[nn.Parameter, tuple[nn.Linear, Literal["A", "B"]]] = {}
+    found: dict[nn.Parameter, tuple[nn.Linear, nn.Module, Literal["A", "B"]]] = {}
     for name, layer in _lora_layers(model):
         if adapter in _adapters_of(layer):
             _check_supported(name, layer, adapter)
-            modules[layer.lora_A[adapter].weight] = (layer.lora_A[adapter], "A")
-            modules[layer.lora_B[adapter].weight] = (layer.lora_B[adapter], "B")
+            found[layer.lora_A[adapter].weight] = (layer.lora_A[adapter], layer, "A")
+            found[layer.lora_B[adapter].weight] = (layer.lora_B[adapter], layer, "B")
     return [
-        LoraTensor(name, *modules[parameter])
+        LoraTensor(name, *found[parameter])
         for name, parameter in model.named_parameters()
-        if parameter in modules and modules[parameter][1] in sides
+        if parameter in found and found[parameter][2] in sides
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from laplace_llm.factors import LoraKron
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
+
+T = TypeVar("T")
 
 
 class BatchSummary(NamedTuple):
@@ -61,7 +63,8 @@ class StreamingInterface(CurvatureInterface):
         'reduce': the mean input and the summed gradient of an example. 'expand': every token
         counts as an example, as in curvlinops.
     rank : int, optional
-        Rank kept of a factor's long side; default: exact up to 1,024, rank 64 beyond.
+        Rank of the approximation of a factor's long side, by a sketch of 2 `rank` columns; sides
+        of up to 2 `rank` are exact. Default: 64.
     adapter : str, optional
         Adapter's name; default: the active one.
     tensors : {'AB', 'B'}, default='AB'
@@ -117,17 +120,35 @@ class StreamingInterface(CurvatureInterface):
         loss = self.factor * self.lossfunc(logits, y)
         return run, self._seeds(logits, y), BatchSummary(loss, logits.shape[1])
 
-    def _sweep(self, run: Taps, seeds: Tensor) -> Iterator[list[Tensor]]:
-        """Yield the output gradients of each seed in turn; the last one frees the graph."""
-        last = seeds.shape[-1] - 1
-        for index, column in enumerate(seeds.unbind(-1)):
-            yield run.backward(column, last=index == last)
+    def _sweep(
+        self,
+        run: Taps,
+        directions: Tensor,
+        consume: Callable[[int, Tensor], T],
+        create_graph: bool = False,
+    ) -> Iterator[list[T]]:
+        """Yield what `consume` makes of the output gradients of each direction in turn.
 
-    def _rows(self, run: Taps, gradients: list[Tensor]) -> Tensor:
-        """Return per-example gradients (B, P) from output gradients."""
-        pairs = zip(gradients, run.inputs, strict=True)
-        rows = torch.cat([_outer(g, a, self.dtype).flatten(1) for g, a in pairs], 1)
-        return self._subnetwork(rows)
+        Directions are of shape (B, C, K) or (C, K); the last one frees the graph.
+        """
+        last = directions.shape[-1] - 1
+        for index, column in enumerate(directions.unbind(-1)):
+            cotangent = column.expand_as(run.logits)
+            yield run.backward(cotangent, consume, index == last, create_graph)
+
+    def _rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
+        """Yield the per-example gradients (B, P) of each seed."""
+        for blocks in self._sweep(run, seeds, self._outer(run)):
+            yield self._subnetwork(torch.cat(blocks, 1))
+
+    def _outer(self, run: Taps) -> Callable[[int, Tensor], Tensor]:
+        """Return what turns output gradients (B, S, out) into gradients (B, out * in)."""
+
+        def outer(index: int, gradient: Tensor) -> Tensor:
+            inputs = run.inputs(index).to(self.dtype)
+            return (gradient.to(self.dtype).mT @ inputs).flatten(1)
+
+        return outer
 
     def _subnetwork(self, values: Tensor) -> Tensor:
         if self.subnetwork_indices is None:
@@ -137,20 +158,24 @@ class StreamingInterface(CurvatureInterface):
     def accumulate_kron(self, state: LoraKron, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch to the factors in place."""
         run, columns, summary = self._forward(x, y)
-        for i, pair in enumerate(state.pairs):
-            pair.inputs.add(self._summarise_inputs(run, i))
-        for gradients in self._sweep(run, columns):
-            for pair, gradient in zip(state.pairs, gradients, strict=True):
-                gradient = gradient.to(self.dtype)
-                reduce = self.kfac_approx == "reduce"
-                pair.outputs.add(gradient.sum(1) if reduce else gradient.flatten(0, 1))
+        state.share_inputs(run.sources)
+        for index in state.own_inputs():
+            state.pairs[index].inputs.add(self._summarise_inputs(run, index))
+
+        def add(index: int, gradient: Tensor) -> None:
+            gradient = gradient.to(self.dtype)
+            reduce = self.kfac_approx == "reduce"
+            state.pairs[index].outputs.add(gradient.sum(1) if reduce else gradient.flatten(0, 1))
+
+        for _ in self._sweep(run, columns, add):
+            pass
         state.n_data += len(y)
         self._check_finite(torch.stack([pair.trace.cpu() for pair in state.pairs]))
         return summary
 
     def _summarise_inputs(self, run: Taps, index: int) -> Tensor:
         """Return the rows (n, in) whose second moment is the input factor."""
-        inputs, counts = run.inputs[index].to(self.dtype), run.token_counts(index)
+        inputs, counts = run.inputs(index).to(self.dtype), run.token_counts(index)
         if self.kfac_approx == "reduce":
             return inputs.sum(1) / counts
         return (inputs / torch.as_tensor(counts).to(inputs).sqrt()[..., None]).flatten(0, 1)
@@ -158,25 +183,25 @@ class StreamingInterface(CurvatureInterface):
     def accumulate_diag(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch to the diagonal (P,) in place."""
         run, columns, summary = self._forward(x, y)
-        for gradients in self._sweep(run, columns):
-            state += self._rows(run, gradients).square().sum(0)
+        outer = self._outer(run)
+        squares = self._sweep(run, columns, lambda i, g: outer(i, g).square().sum(0))
+        for parts in squares:
+            state += self._subnetwork(torch.cat(parts))
         self._check_finite(state)
         return summary
 
     def accumulate_full(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch to the dense curvature (P, P) in place."""
         run, columns, summary = self._forward(x, y)
-        for gradients in self._sweep(run, columns):
-            rows = self._rows(run, gradients)
-            state += rows.T @ rows
+        for rows in self._rows(run, columns):
+            state.addmm_(rows.T, rows)
         self._check_finite(state.diagonal())
         return summary
 
     def accumulate_rows(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch's rows, whose second moment is its curvature, in place."""
         run, columns, summary = self._forward(x, y)
-        for gradients in self._sweep(run, columns):
-            rows = self._rows(run, gradients)
+        for rows in self._rows(run, columns):
             self._check_finite(rows.square().sum(0))
             state.add(rows)
         return summary
@@ -200,20 +225,27 @@ class StreamingInterface(CurvatureInterface):
             f"of {name!r}. Check the batch and the model's precision (float16 overflows)."
         )
 
-    def jacobian_blocks(self, x: Batch, create_graph: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Return the Jacobian of each tensor, (B, C, out * in), and the outputs (B, C).
+    def jacobian_blocks(
+        self, x: Batch, create_graph: bool = False, directions: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the Jacobian of each tensor, (B, K, out * in), and the outputs (B, C).
 
-        One forward and C backward passes.
+        One forward and K backward passes.
+
+        Parameters
+        ----------
+        x : Batch
+            Model inputs.
+        create_graph : bool, default=False
+            Whether the result is to be differentiated with respect to the inputs.
+        directions : Tensor, optional
+            (C, K), what the outputs are multiplied by first; default: the identity.
         """
         run = taps.forward(self.model, self.tensors, x, create_graph)
-        classes = run.logits.shape[1]
-        blocks: list[list[Tensor]] = [[] for _ in self.tensors]
-        for c in range(classes):
-            cotangent = torch.zeros_like(run.logits)
-            cotangent[:, c] = 1
-            gradients = run.backward(cotangent, c == classes - 1, create_graph)
-            for block, gradient, inputs in zip(blocks, gradients, run.inputs, strict=True):
-                block.append(_outer(gradient, inputs, self.dtype).flatten(1))
+        if directions is None:
+            directions = torch.eye(run.logits.shape[1])
+        columns = self._sweep(run, directions.to(run.logits), self._outer(run), create_graph)
+        blocks = [list(block) for block in zip(*columns, strict=True)]
         outputs = run.logits if create_graph else run.logits.detach()
         jacobians = []
         while blocks:  # free each tensor's list as soon as it is stacked
@@ -235,7 +267,8 @@ class StreamingInterface(CurvatureInterface):
             y = check_labels(y, run.logits, self.likelihood == "regression")
             loss = self.lossfunc(run.logits.to(self.dtype), y)
             (cotangent,) = torch.autograd.grad(loss, run.logits, retain_graph=True)
-            return self._rows(run, run.backward(cotangent, last=True)), loss.detach()
+            (rows,) = self._rows(run, cotangent[..., None])
+            return rows, loss.detach()
 
     def kron(self, x: Batch, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Kron]:
         """Return the batch's loss and factors as the parent's dense `Kron`, scaled for N examples.
@@ -272,11 +305,6 @@ class StreamingInterface(CurvatureInterface):
         state = torch.zeros(shape, dtype=self.dtype, device=self.tensors[0].weight.device)
         with torch.enable_grad():
             return accumulate(state, x, y).loss, state
-
-
-def _outer(gradient: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the per-example gradients (B, out, in) from (B, S, out) and (B, S, in)."""
-    return gradient.to(dtype).mT @ inputs.to(dtype)
 
 
 def _check_trainable(trainable: dict[str, nn.Parameter], names: list[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from laplace_llm.adapters import LoraTensor
 from laplace_llm.errors import StateError
 from laplace_llm.kronecker import Block, LoraKronDecomposed
-from laplace_llm.sketch import DenseMoment, Moment, SketchedMoment, new_moment
+from laplace_llm.sketch import DenseMoment, Moment, SketchedMoment, Spectrum, new_moment, spectra
 
 
 @dataclass
@@ -43,12 +44,22 @@ class LoraKron:
         'A' or 'B' of each tensor: which of the factors is the small one.
     n_data : int
         Number of examples summed so far.
+    sources : list[int], optional
+        For each tensor the first one that reads the same input and so shares its input factor
+        (the ``lora_A`` of q, k and v); default: each has its own.
     """
 
-    def __init__(self, pairs: list[FactorPair], sides: list[str], n_data: int = 0) -> None:
+    def __init__(
+        self,
+        pairs: list[FactorPair],
+        sides: list[str],
+        n_data: int = 0,
+        sources: list[int] | None = None,
+    ) -> None:
         self.pairs = pairs
         self.sides = sides
         self.n_data = n_data
+        self.sources = list(range(len(pairs))) if sources is None else sources
 
     @classmethod
     def empty(
@@ -73,11 +84,37 @@ class LoraKron:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def share_inputs(self, sources: list[int]) -> None:
+        """Keep one input factor for tensors that read the same input, if no data tell otherwise.
+
+        Parameters
+        ----------
+        sources : list[int]
+            As for the class.
+        """
+        if sources == self.sources:
+            return
+        if self.n_data == 0:
+            self.sources = sources
+            for pair, source in zip(self.pairs, sources, strict=True):
+                pair.inputs = self.pairs[source].inputs
+            return
+        for index, source in enumerate(self.sources):
+            if source != index:
+                self.pairs[index].inputs = deepcopy(self.pairs[source].inputs)
+        self.sources = list(range(len(self)))
+
+    def own_inputs(self) -> Iterator[int]:
+        """Yield the tensors that every input factor is kept with."""
+        return (index for index, source in enumerate(self.sources) if index == source)
+
     def merge(self, other: LoraKron) -> None:
         """Add the factors and counts of another run over the same tensors, in place."""
+        self.share_inputs(other.sources)
         for mine, theirs in zip(self.pairs, other.pairs, strict=True):
             mine.outputs.merge(theirs.outputs)
-            mine.inputs.merge(theirs.inputs)
+        for index in self.own_inputs():
+            self.pairs[index].inputs.merge(other.pairs[index].inputs)
         self.n_data += other.n_data
 
     def decompose(self, damping: bool = False) -> LoraKronDecomposed:
@@ -89,21 +126,20 @@ class LoraKron:
             Whether the prior precision is added to each factor (its square root) instead of to
             their product.
         """
-        blocks = []
-        for pair, side in zip(self.pairs, self.sides, strict=True):
-            outputs = pair.outputs.spectrum()
-            inputs = pair.inputs.spectrum().scaled(1 / max(self.n_data, 1))
+        moments = [moment for pair in self.pairs for moment in (pair.outputs, pair.inputs)]
+        found, blocks = spectra(moments), []
+        for outputs, inputs, side in zip(found[::2], found[1::2], self.sides, strict=True):
+            inputs = inputs.scaled(1 / max(self.n_data, 1))
             small, large = (outputs, inputs) if side == "A" else (inputs, outputs)
             blocks.append(Block(small, large, transposed=side == "B"))
         return LoraKronDecomposed(blocks, damping=damping)
 
     def state(self) -> dict[str, Any]:
         """Return plain containers of tensors and numbers, for `torch.save`."""
-        pairs = [
-            {"outputs": _moment_state(p.outputs), "inputs": _moment_state(p.inputs)}
-            for p in self.pairs
-        ]
-        return {"pairs": pairs, "n_data": self.n_data}
+        pairs = [{"outputs": _moment_state(pair.outputs)} for pair in self.pairs]
+        for index in self.own_inputs():
+            pairs[index]["inputs"] = _moment_state(self.pairs[index].inputs)
+        return {"pairs": pairs, "n_data": self.n_data, "sources": self.sources}
 
     def load(self, state: dict[str, Any]) -> LoraKron:
         """Return new factors with the contents of `state`, checked against this one's shapes."""
@@ -112,38 +148,43 @@ class LoraKron:
                 f"Expected factors of {len(self)} LoRA tensors, but the state has "
                 f"{len(state['pairs'])}. Load it into a model with the same adapter."
             )
-        pairs = [
-            FactorPair(
-                outputs=_moment_from_state(saved["outputs"], mine.outputs),
-                inputs=_moment_from_state(saved["inputs"], mine.inputs),
+        pairs: list[FactorPair] = []
+        for mine, saved, source in zip(self.pairs, state["pairs"], state["sources"], strict=True):
+            own = "inputs" in saved
+            inputs = _moment_from_state(saved["inputs"], mine.inputs) if own else None
+            pairs.append(
+                FactorPair(
+                    outputs=_moment_from_state(saved["outputs"], mine.outputs),
+                    inputs=pairs[source].inputs if inputs is None else inputs,
+                )
             )
-            for saved, mine in zip(state["pairs"], self.pairs, strict=True)
-        ]
-        return LoraKron(pairs, self.sides, int(state["n_data"]))
+        return LoraKron(pairs, self.sides, int(state["n_data"]), list(state["sources"]))
 
 
 def _moment_state(moment: Moment) -> dict[str, Any]:
     if isinstance(moment, DenseMoment):
         return {"matrix": moment.matrix}
-    return {"sketch": moment.sketch, "trace": moment.trace, "rank": moment.rank}
+    if moment.spectrum is None:
+        return {"sketch": moment.sketch, "trace": moment.trace}
+    return {**vars(moment.spectrum), "trace": moment.trace}
 
 
 def _moment_from_state(state: dict[str, Any], like: Moment) -> Moment:
     """Rebuild a moment on the device and dtype of `like`, which also gives the expected shape."""
-    if isinstance(like, DenseMoment):
-        expected, saved = like.matrix, state.get("matrix")
-    else:
-        expected, saved = like.sketch, state.get("sketch")
-    same_rank = isinstance(like, DenseMoment) or state.get("rank") == like.rank
-    if saved is None or saved.shape != expected.shape or not same_rank:
-        came = "a factor of another kind or rank"
-        if saved is not None and saved.shape != expected.shape:
-            came = f"shape {tuple(saved.shape)}"
+    dense = isinstance(like, DenseMoment)
+    shape = like.matrix.shape if isinstance(like, DenseMoment) else like.shape
+    keys = ("matrix",) if dense else ("sketch", "vectors")
+    saved = next((state[key] for key in keys if key in state), None)
+    if saved is None or saved.shape != shape:
+        came = f"shape {tuple(saved.shape)}" if saved is not None else "a factor of another kind"
         raise StateError(
-            f"Expected a Kronecker factor of shape {tuple(expected.shape)}, but the state has "
+            f"Expected a Kronecker factor of shape {tuple(shape)}, but the state has "
             f"{came}. Load it with the same adapter and backend_kwargs (rank) as it was saved."
         )
-    saved = saved.to(expected)
     if isinstance(like, DenseMoment):
-        return DenseMoment(saved)
-    return SketchedMoment(saved, state["trace"].to(expected), int(state["rank"]))
+        return DenseMoment(state["matrix"].to(like.matrix))
+    trace = state["trace"].to(like.trace)
+    if "sketch" in state:
+        return SketchedMoment(state["sketch"].to(like.trace), trace)
+    spectrum = Spectrum(*(state[key].to(like.trace) for key in ("vectors", "values", "rest")))
+    return SketchedMoment.of_spectrum(spectrum, trace)

@@ -91,18 +91,18 @@ def _without_adapter(model: torch.nn.Module, tensors: list[LoraTensor], x: Batch
 
 def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the features (B, K, F) of a batch."""
+
+    def features(index: int, gradient: Tensor) -> Tensor:
+        gradient = gradient.to(dtype)
+        if gradient.shape[-1] > FEATURE_WIDTH:
+            omega = test_matrix(gradient.shape[-1], FEATURE_WIDTH, dtype, gradient.device)
+            gradient = gradient @ omega / math.sqrt(FEATURE_WIDTH)
+        return (gradient.mT @ run.inputs(index).to(dtype)).flatten(1)
+
     columns = []
-    for index, contrast in enumerate(basis.T):
-        cotangent = contrast.to(run.logits).expand_as(run.logits)
-        parts = []
-        gradients = run.backward(cotangent, last=index == basis.shape[1] - 1)
-        for gradient, inputs in zip(gradients, run.inputs, strict=True):
-            gradient = gradient.to(dtype)
-            if gradient.shape[-1] > FEATURE_WIDTH:
-                omega = test_matrix(gradient.shape[-1], FEATURE_WIDTH, dtype, gradient.device)
-                gradient = gradient @ omega / math.sqrt(FEATURE_WIDTH)
-            parts.append((gradient.mT @ inputs.to(dtype)).flatten(1))
-        columns.append(torch.cat(parts, 1))
+    for index, contrast in enumerate(basis.T.to(run.logits)):
+        last = index == basis.shape[1] - 1
+        columns.append(torch.cat(run.backward(contrast.expand_as(run.logits), features, last), 1))
     return torch.stack(columns, 1)
 
 

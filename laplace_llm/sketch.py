@@ -1,11 +1,13 @@
 """Streaming second-moment matrices ``M = sum a a^T``: exact, or sketched at a fixed rank.
 
 Both kinds are sums over data: they do not depend on batch order or batch size, two of them add
-up, and `spectrum` turns either into the eigenpairs that the posterior's algebra needs.
+up, and `spectra` turns either into the eigenpairs that the posterior's algebra needs.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from laplace_llm.errors import OptionError
 
 DEFAULT_RANK = 64
-DENSE_UP_TO = 1024
+# Bytes of double-precision temporaries in an eigendecomposition of several sketches at once.
+WORKSPACE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Spectrum:
     Attributes
     ----------
     vectors : Tensor
-        U of shape (d, k), orthonormal columns.
+        U of shape (d, k). Its columns are orthonormal, or zero where M's rank is below k.
     values : Tensor
-        l of shape (k,), non-negative.
+        l of shape (k,), non-negative; rho where the column is zero.
     rest : Tensor
         rho, a scalar: the mean eigenvalue of the complement (0 where k = d).
     """
@@ -59,7 +62,7 @@ class DenseMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add ``rows^T rows`` for rows of shape (n, d)."""
-        self.matrix += rows.T @ rows
+        self.matrix.addmm_(rows.T, rows)
 
     def merge(self, other: Moment) -> None:
         """Add another moment of the same kind."""
@@ -71,64 +74,71 @@ class DenseMoment:
         """Trace of the matrix, exact."""
         return self.matrix.trace()
 
-    def spectrum(self) -> Spectrum:
-        """Eigendecompose; eigenvalues are clamped at zero."""
-        values, vectors = torch.linalg.eigh(self.matrix)
-        return Spectrum(vectors, values.clamp_min(0), values.new_zeros(()))
-
 
 class SketchedMoment:
     """A fixed-rank summary of ``M = sum a a^T``: the sketch ``Y = M Omega`` and the trace.
 
-    Memory is d x s instead of d x d, with s = 2 * rank columns. `spectrum` is the fixed-rank
-    Nystrom approximation of Tropp, Yurtsever, Udell and Cevher (*Fixed-rank approximation of a
-    positive-semidefinite matrix from streaming data*, NeurIPS 2017, algorithm 3); what it leaves
-    of the trace is spread evenly over the complement.
+    Memory is d x s instead of d x d. Once `spectra` has decomposed it, its Nystrom eigenpairs,
+    which are no larger and give Y back, take the sketch's place.
+
+    Parameters
+    ----------
+    sketch : Tensor
+        (d, s).
+    trace : Tensor
+        A scalar.
     """
 
-    def __init__(self, sketch: Tensor, trace: Tensor, rank: int) -> None:
-        self.sketch = sketch
+    def __init__(self, sketch: Tensor, trace: Tensor) -> None:
+        self._sketch: Tensor | None = sketch
+        self._spectrum: Spectrum | None = None
         self._trace = trace
-        self.rank = rank
+        self.shape = sketch.shape
+
+    @classmethod
+    def of_spectrum(cls, spectrum: Spectrum, trace: Tensor) -> SketchedMoment:
+        """Return the moment that has been decomposed into `spectrum`."""
+        moment = cls(spectrum.vectors, trace)
+        moment.decomposed(spectrum)
+        return moment
 
     @property
-    def _omega(self) -> Tensor:
-        return test_matrix(*self.sketch.shape, self.sketch.dtype, self.sketch.device)
+    def sketch(self) -> Tensor:
+        """Y of shape (d, s), in memory or worked out from the eigenpairs (``U l U^T Omega``)."""
+        if self._spectrum is None:
+            assert self._sketch is not None
+            return self._sketch
+        U, values = self._spectrum.vectors, self._spectrum.values
+        return U @ (values[:, None] * (U.T @ _test_matrix_of(U)))
+
+    @property
+    def spectrum(self) -> Spectrum | None:
+        """Eigenpairs, if nothing was added since they were computed."""
+        return self._spectrum
+
+    def decomposed(self, spectrum: Spectrum) -> None:
+        """Keep the eigenpairs in place of the sketch."""
+        self._sketch, self._spectrum = None, spectrum
 
     def add(self, rows: Tensor) -> None:
         """Add ``rows^T rows`` for rows of shape (n, d)."""
-        self.sketch += rows.T @ (rows @ self._omega)
+        self._writable().addmm_(rows.T, rows @ _test_matrix_of(rows.T, self.shape[1]))
         self._trace += rows.square().sum()
 
     def merge(self, other: Moment) -> None:
         """Add another moment of the same kind (and so the same test matrix)."""
         assert isinstance(other, SketchedMoment)
-        self.sketch += other.sketch
+        self._writable().add_(other.sketch)
         self._trace += other._trace
+
+    def _writable(self) -> Tensor:
+        self._sketch, self._spectrum = self.sketch, None
+        return self._sketch
 
     @property
     def trace(self) -> Tensor:
         """Trace of the summarised matrix, exact."""
         return self._trace
-
-    def spectrum(self) -> Spectrum:
-        """Return the rank-k Nystrom approximation with the lost trace in `Spectrum.rest`."""
-        dim, dtype = self.sketch.shape[0], self.sketch.dtype
-        sketch, omega = self.sketch.double(), self._omega.double()
-        # The shift nu makes Omega^T (M + nu I) Omega safely positive definite at the precision of
-        # the *stored* sketch; it is taken off the eigenvalues again.
-        shift = torch.finfo(dtype).eps * sketch.norm() / dim**0.5
-        shifted = sketch + shift * omega
-        core = omega.T @ shifted
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        keep = values > shift  # below it, rounding of the stored sketch is all there is
-        root = shifted @ (vectors[:, keep] / values[keep].sqrt())
-        left, singular, _ = torch.linalg.svd(root, full_matrices=False)
-        k = min(self.rank, left.shape[1])
-        left, eigenvalues = left[:, :k], (singular[:k].square() - shift).clamp_min(0)
-        lost = (self._trace.double() - eigenvalues.sum()).clamp_min(0)
-        rest = lost / (dim - k) if dim > k else lost.new_zeros(())
-        return Spectrum(left.to(dtype), eigenvalues.to(dtype), rest.to(dtype))
 
 
 Moment = DenseMoment | SketchedMoment
@@ -144,8 +154,8 @@ def new_moment(
     dim : int
         Side length d.
     rank : int, optional
-        Rank kept of a side longer than this; None keeps sides of up to 1,024 exact and rank 64 of
-        longer ones.
+        Rank k whose best approximation is aimed at, by a sketch of 2k columns; sides of up to 2k
+        are exact. Default: 64.
     dtype, device
         Of the accumulators.
     small : bool, default=False
@@ -157,18 +167,127 @@ def new_moment(
         If `rank` is smaller than one.
     """
     check_rank(rank)
-    limit, rank = (DENSE_UP_TO, DEFAULT_RANK) if rank is None else (rank, rank)
-    if small or dim <= limit:
+    columns = 2 * (DEFAULT_RANK if rank is None else rank)
+    if small or dim <= columns:
         return DenseMoment(torch.zeros(dim, dim, dtype=dtype, device=device))
-    columns = min(2 * rank, dim)
     zeros = torch.zeros(dim, columns, dtype=dtype, device=device)
-    return SketchedMoment(zeros, zeros.new_zeros(()), rank)
+    return SketchedMoment(zeros, zeros.new_zeros(()))
+
+
+def spectra(moments: Sequence[Moment]) -> list[Spectrum]:
+    """Eigendecompose moments, those of one shape together; sketches become their eigenpairs.
+
+    Parameters
+    ----------
+    moments : Sequence[Moment]
+        An object that comes twice is decomposed once.
+    """
+    found: dict[int, Spectrum] = {}
+    groups: dict[tuple[object, ...], list[Moment]] = defaultdict(list)
+    for key, moment in {id(moment): moment for moment in moments}.items():
+        if isinstance(moment, DenseMoment):
+            groups[moment.matrix.shape, moment.matrix.device, True].append(moment)
+        elif moment.spectrum is None:
+            groups[moment.shape, moment.sketch.device, False].append(moment)
+        else:
+            found[key] = moment.spectrum
+    for (shape, *_), group in groups.items():
+        assert isinstance(shape, torch.Size)
+        step = max(WORKSPACE_BYTES // (8 * shape.numel()), 1)
+        for start in range(0, len(group), step):
+            part = group[start : start + step]
+            found |= zip(map(id, part), _decompose(part), strict=True)
+    return [found[id(moment)] for moment in moments]
+
+
+def _decompose(moments: list[Moment]) -> list[Spectrum]:
+    """Return the spectra of moments of one kind, shape and device."""
+    if isinstance(moments[0], DenseMoment):
+        matrices = torch.stack([m.matrix for m in moments if isinstance(m, DenseMoment)])
+        values, vectors = torch.linalg.eigh(matrices)
+        return [
+            Spectrum(*pair, values.new_zeros(()))
+            for pair in zip(vectors, values.clamp_min(0), strict=True)
+        ]
+    sketched = [m for m in moments if isinstance(m, SketchedMoment)]
+    sketch = torch.stack([m.sketch for m in sketched])
+    values, vectors, dropped = _nystrom(sketch)
+    lost = torch.stack([m.trace.double() for m in sketched]) - values.sum(1)
+    rest = lost.clamp_min(0) / (sketch.shape[1] - (~dropped).sum(1))
+    values = torch.where(dropped, rest[:, None], values)
+    results = []
+    for moment, *parts in zip(sketched, vectors, values.to(sketch), rest.to(sketch), strict=True):
+        if len(sketched) > 1:  # as a view, it would keep the others alive
+            parts = [part.clone() for part in parts]
+        spectrum = Spectrum(*parts)
+        moment.decomposed(spectrum)
+        results.append(spectrum)
+    return results
+
+
+def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return eigenvalues (b, s), falling, eigenvectors (b, d, s) and which of them are dropped.
+
+    The Nystrom approximation ``Y (Omega^T Y)^-1 Y^T`` of Tropp, Yurtsever, Udell and Cevher
+    (*Fixed-rank approximation of a positive-semidefinite matrix from streaming data*, NeurIPS
+    2017, algorithm 3), whose trailing eigenpairs are kept: it never exceeds M, so each of them
+    lowers the nuclear-norm error. All that is as long as d is done a few rows at a time.
+
+    Parameters
+    ----------
+    sketch : Tensor
+        Y (b, d, s); the eigenvectors are written over it.
+    """
+    # The shift makes Omega^T (M + shift I) Omega safely positive definite at the precision of the
+    # *stored* sketch; it is taken off the eigenvalues again.
+    dim, eps = sketch.shape[1], torch.finfo(sketch.dtype).eps
+    shift = eps * sketch.double().norm(dim=(1, 2)) / dim**0.5
+    omega, height = _test_matrix_of(sketch), max(WORKSPACE_BYTES // (8 * sketch[:, 0].numel()), 1)
+
+    def over_rows(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """Call a function with every few rows of Y + shift Omega and of Omega, in float64."""
+        parts = zip(sketch.split(height, 1), omega.split(height), strict=True)
+        return [
+            function(y.double() + shift[:, None, None] * o.double(), o.double()) for y, o in parts
+        ]
+
+    def gram(mixing: Tensor) -> Tensor:
+        return sum(over_rows(lambda y, _: (y @ mixing).mT @ (y @ mixing)))  # type: ignore[return-value]
+
+    core = sum(over_rows(lambda y, o: o.T @ y))
+    assert isinstance(core, Tensor)
+    root = _inverse_root((core + core.mT) / 2, shift)[0]
+    values, vectors = torch.linalg.eigh(gram(root))
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    # Below this, products of double precision leave no direction to tell.
+    dropped = values <= torch.maximum(shift, 1e-12 * values[:, 0])[:, None]
+    scale = torch.where(dropped, 0, values.clamp_min(1e-300).rsqrt())
+    mixing = root @ (vectors * scale[:, None])
+    mixing = mixing @ _inverse_root(gram(mixing), shift.new_full((), 0.5))[1]  # once more
+    for y, o in zip(sketch.split(height, 1), omega.split(height), strict=True):
+        y.copy_((y.double() + shift[:, None, None] * o.double()) @ mixing)
+    values = (values - shift[:, None]).clamp_min(0)
+    return torch.where(dropped, 0, values), sketch, dropped
+
+
+def _inverse_root(matrix: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``V l^(-1/2)`` and ``V l^(-1/2) V^T`` over the eigenvalues l above `floor` (b,)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > floor[..., None]
+    scaled = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0)[..., None, :]
+    return scaled, scaled @ vectors.mT
 
 
 def check_rank(rank: int | None) -> None:
     """Raise OptionError unless `rank` is None or a positive integer."""
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise OptionError(f"Expected rank=None or an integer >= 1, but got {rank!r}.")
+
+
+def _test_matrix_of(like: Tensor, columns: int | None = None) -> Tensor:
+    """Return the test matrix (d, s) of a sketch (..., d, s), or of `columns` columns."""
+    columns = like.shape[-1] if columns is None else columns
+    return test_matrix(like.shape[-2], columns, like.dtype, like.device)
 
 
 @lru_cache(maxsize=16)

@@ -1,17 +1,18 @@
 """Inputs and output gradients of LoRA tensors during one forward pass.
 
 A LoRA tensor with input a_t and output gradient g_t at token t has the per-example gradient
-``sum_t g_t a_t^T``. `forward` runs the model once with a hook on every tensor; `backward` turns
-cotangents of the logits into output gradients with one backward pass, no vmap and no parameter
-gradients. Which rows of an activation belong to which example, and which are padding, is decided
-here and nowhere else.
+``sum_t g_t a_t^T``. `forward` runs the model once with a hook on every tensor; `Taps.backward`
+hands the output gradients that belong to cotangents of the logits to a function as they arise, in
+one backward pass, with no vmap and no parameter gradients. Which rows of an activation belong to
+which example, and which are padding, is decided here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,26 @@ from laplace_llm.adapters import LoraTensor
 from laplace_llm.errors import OutputError, TapError
 
 Batch = Tensor | MutableMapping[str, Any]
+T = TypeVar("T")
+
+
+class _Tap:
+    """What one tensor's module was called with, and who is to be told of its output's gradient.
+
+    The graph refers to taps, so taps must not refer to the graph.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.calls = 0
+        self.source = index
+        self.inputs: Tensor | None = None
+        self.shape = torch.Size()  # of the output
+        self.consume: Callable[[Tensor], None] | None = None
+
+    def gradient(self, gradient: Tensor) -> None:
+        """Pass the output's gradient on, in a backward pass of ours."""
+        if self.consume is not None:
+            self.consume(gradient)
 
 
 class Taps:
@@ -29,72 +50,91 @@ class Taps:
     ----------
     logits : Tensor
         (B, C), with its graph.
-    inputs : list[Tensor]
-        One a tensor, (B, S, in): the inputs at an example's S positions, zero on padding.
+    sources : list[int]
+        For each tensor the first one that reads the same input: ``lora_A`` of q, k and v do.
     """
 
     def __init__(
         self,
         tensors: Sequence[LoraTensor],
         logits: Tensor,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
+        taps: Sequence[_Tap],
+        roots: Sequence[Tensor],
         attention_mask: Tensor | None,
     ) -> None:
         self.tensors = tensors
         self.logits = logits
-        self._outputs = list(outputs)
+        self._taps = taps
+        self._roots = roots
         self._masks = [
-            _token_mask(tensor, output, attention_mask, len(logits))
-            for tensor, output in zip(tensors, outputs, strict=True)
+            _token_mask(tensor, tap.shape, attention_mask, len(logits))
+            for tensor, tap in zip(tensors, taps, strict=True)
         ]
-        self.inputs = [
-            _by_example(activation, mask, len(logits))
-            for activation, mask in zip(inputs, self._masks, strict=True)
-        ]
+        self.sources = [tap.source for tap in taps]
+
+    def inputs(self, index: int) -> Tensor:
+        """Return a tensor's inputs (B, S, in) at an example's S positions, zero on padding."""
+        activation = self._taps[self.sources[index]].inputs
+        assert activation is not None
+        return _by_example(activation, self._masks[index], len(self.logits))
 
     def backward(
-        self, cotangent: Tensor, last: bool = False, create_graph: bool = False
-    ) -> list[Tensor]:
-        """Return the output gradients of every tensor, each (B, S, out), zero on padding.
+        self,
+        cotangent: Tensor,
+        consume: Callable[[int, Tensor], T],
+        last: bool = False,
+        create_graph: bool = False,
+    ) -> list[T]:
+        """Return what a function makes of the output gradient of each tensor.
+
+        A gradient is consumed and freed before the next one is computed.
 
         Parameters
         ----------
         cotangent : Tensor
             (B, C), the direction in logit space.
+        consume : Callable
+            Called with a tensor's index and output gradient (B, S, out), zero on padding; zero
+            altogether where the logits do not depend on it.
         last : bool, default=False
             Whether the graph may be freed.
         create_graph : bool, default=False
             Whether the result is to be differentiated again.
         """
-        gradients = torch.autograd.grad(
-            self.logits,
-            self._outputs,
-            grad_outputs=cotangent.to(self.logits.dtype),
-            retain_graph=create_graph or not last,
-            create_graph=create_graph,
-        )
-        return [
-            _by_example(gradient, mask, len(self.logits))
-            for gradient, mask in zip(gradients, self._masks, strict=True)
-        ]
+        results: dict[int, T] = {}
+
+        def consumer(index: int) -> Callable[[Tensor], None]:
+            def take(gradient: Tensor) -> None:
+                by_example = _by_example(gradient, self._masks[index], len(self.logits))
+                results[index] = consume(index, by_example)
+
+            return take
+
+        try:
+            for index, tap in enumerate(self._taps):
+                tap.consume = consumer(index)
+            torch.autograd.grad(
+                self.logits,
+                self._roots,
+                grad_outputs=cotangent.to(self.logits.dtype),
+                retain_graph=create_graph or not last,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        finally:
+            for tap in self._taps:
+                tap.consume = None
+        for index, tap in enumerate(self._taps):
+            if index not in results:
+                consumer(index)(self.tensors[index].weight.new_zeros(tap.shape))
+        return [results[index] for index in range(len(self._taps))]
 
     def token_counts(self, index: int) -> Tensor | int:
         """Return the number of real positions of each example (B, 1) for one tensor, at least 1."""
         mask = self._masks[index]
         if mask is None:
-            return self.inputs[index].shape[1]
+            return self._taps[index].shape[:-1].numel() // len(self.logits)
         return mask.sum(1, keepdim=True).clamp_min(1)
-
-    def first_not_finite(self) -> str | None:
-        """Return the name of the first tensor with NaN or inf in its input or output."""
-        for tensor, mask, activation, output in zip(
-            self.tensors, self._masks, self.inputs, self._outputs, strict=True
-        ):
-            for values in (activation, _by_example(output, mask, len(self.logits))):
-                if not bool(values.isfinite().all()):
-                    return tensor.name
-        return None
 
 
 def forward(
@@ -120,29 +160,27 @@ def forward(
     OutputError
         If the output is not a finite (B, C) matrix.
     """
-    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tensors]
-    with _hooks(tensors, calls):
+    taps, roots = [_Tap(index) for index in range(len(tensors))], list[Tensor]()
+    with _hooks(tensors, taps, roots, create_graph):
         logits = model(batch)
-    for tensor, fired in zip(tensors, calls, strict=True):
-        if len(fired) != 1:
+    for tensor, tap in zip(tensors, taps, strict=True):
+        if tap.calls != 1:
             raise TapError(
                 f"Expected LoRA tensor {tensor.name!r} to be used once in a forward pass, but it "
-                f"was used {len(fired)} times. This kind of layer or model is not supported; leave "
+                f"was used {tap.calls} times. This kind of layer or model is not supported; leave "
                 "it out of LoraConfig(target_modules=...)."
             )
     check_logits(logits)
     attention_mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
-    inputs = [fired[0][0] if create_graph else fired[0][0].detach() for fired in calls]
-    outputs = [fired[0][1] for fired in calls]
-    taps = Taps(tensors, logits, inputs, outputs, attention_mask)
+    run = Taps(tensors, logits, taps, roots, attention_mask)
     if not bool(logits.isfinite().all()):
-        name = taps.first_not_finite()
+        name = _first_not_finite(model, run, batch)
         where = f"first seen at LoRA tensor {name!r}" if name else "after the last LoRA layer"
         raise OutputError(
             f"Expected finite logits, but the model returned NaN or inf, {where}. "
             "Check the batch and the model's precision (float16 overflows; bfloat16 does not)."
         )
-    return taps
+    return run
 
 
 def check_logits(logits: Any) -> None:
@@ -163,32 +201,90 @@ def check_logits(logits: Any) -> None:
 
 @contextmanager
 def _hooks(
-    tensors: Sequence[LoraTensor], calls: list[list[tuple[Tensor, Tensor]]]
+    tensors: Sequence[LoraTensor], taps: Sequence[_Tap], roots: list[Tensor], create_graph: bool
 ) -> Iterator[None]:
-    handles = []
+    """Fill in the taps, and the roots: where a backward pass may stop.
 
-    def recorder(fired: list[tuple[Tensor, Tensor]]) -> Any:
-        return lambda _module, args, output: fired.append((args[0], output))
+    These are the outputs of ``lora_A``, which every path through its ``lora_B`` ends at and which
+    are small; the inputs of ``lora_B`` where it is tapped alone.
+    """
+    alone = all(tensor.side == "B" for tensor in tensors)
+    readers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    try:
-        for tensor, fired in zip(tensors, calls, strict=True):
-            handles.append(tensor.module.register_forward_hook(recorder(fired)))
+    def read(tensor: LoraTensor, index: int) -> Any:
+        """Find out whether an earlier layer had the same input: PEFT casts it for each anew."""
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            earlier = readers.get(id(args[0]))
+            if earlier is None or earlier[0]() is not args[0]:
+                earlier = readers[id(args[0])] = (weakref.ref(args[0]), index)
+            if tensors[earlier[1]].weight.dtype == tensor.weight.dtype:
+                taps[index].source = earlier[1]
+
+        return tensor.layer.register_forward_pre_hook(hook)
+
+    def before(tensor: LoraTensor) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args[0].requires_grad:  # there is no graph before the first tapped layer
+                args[0].requires_grad_()
+            roots.append(args[0])
+
+        return tensor.module.register_forward_pre_hook(hook)
+
+    def after(tensor: LoraTensor, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            tap = taps[index]
+            tap.calls, tap.shape = tap.calls + 1, output.shape
+            if tap.source == index:
+                tap.inputs = args[0] if create_graph else args[0].detach()
+            output.register_hook(tap.gradient)
+            if tensor.side == "A":
+                roots.append(output)
+
+        return tensor.module.register_forward_hook(hook)
+
+    with ExitStack() as stack:
+        for index, tensor in enumerate(tensors):
+            handles = [after(tensor, index)]
+            if tensor.side == "A":
+                handles.append(read(tensor, index))
+            elif alone:
+                handles.append(before(tensor))
+            for handle in handles:
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
+    """Return the name of the first tensor with NaN or inf in its input or output."""
+    found: list[str] = []
+
+    def check(index: int, tensor: LoraTensor) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            for values in (args[0], output):
+                values = _by_example(values, run._masks[index], len(run.logits))
+                if not bool(values.isfinite().all()):
+                    found.append(tensor.name)
+
+        return tensor.module.register_forward_hook(hook)
+
+    with ExitStack() as stack, torch.no_grad():
+        for index, tensor in enumerate(run.tensors):
+            stack.callback(check(index, tensor).remove)
+        model(batch)
+    return found[0] if found else None
 
 
 def _token_mask(
-    tensor: LoraTensor, output: Tensor, attention_mask: Tensor | None, n_examples: int
+    tensor: LoraTensor, shape: torch.Size, attention_mask: Tensor | None, n_examples: int
 ) -> Tensor | None:
     """Return the (B, S) mask of one tensor's positions; None where all are real."""
-    rows = output.shape[:-1].numel()
+    rows = shape[:-1].numel()
     if rows % n_examples:
         raise TapError(
             f"Expected the activation of LoRA tensor {tensor.name!r} to hold the same number of "
             f"positions for each of {n_examples} examples, but its shape is "
-            f"{tuple(output.shape)}. Batches must be example-major."
+            f"{tuple(shape)}. Batches must be example-major."
         )
     if attention_mask is None or rows == n_examples:
         return None
@@ -196,9 +292,9 @@ def _token_mask(
         raise TapError(
             f"Expected one entry of attention_mask for each position, but it has shape "
             f"{tuple(attention_mask.shape)} and the activation of LoRA tensor {tensor.name!r} has "
-            f"shape {tuple(output.shape)}. This architecture is not supported yet."
+            f"shape {tuple(shape)}. This architecture is not supported yet."
         )
-    mask = attention_mask.reshape(n_examples, -1).to(output.device, torch.bool)
+    mask = attention_mask.reshape(n_examples, -1).to(tensor.weight.device, torch.bool)
     return None if bool(mask.all()) else mask
 
 
