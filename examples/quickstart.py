@@ -215,7 +215,7 @@ def predict(la: Any, batches: DataLoader, precisions: list[float]) -> list[Tenso
     """
     answers: list[list[Tensor]] = [[] for _ in precisions]
     for batch in tqdm(batches, desc="[Laplace-LoRA]"):
-        moments = la.moments_grid(batch, torch.tensor(precisions))
+        moments = la.moments_grid(batch, torch.tensor(precisions), centred=True)
         for index, answer in enumerate(answers):
             answer.append(la(moments.at(index)).cpu())
     return [torch.cat(answer) for answer in answers]

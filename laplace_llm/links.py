@@ -131,3 +131,5 @@ def _normal_points(dim: int, points: int) -> Tensor:
 
 # The links that are differentiable functions of the moments alone.
 CLOSED_FORMS = {"probit": probit, "mean_field": mean_field, "qmc": quasi_monte_carlo}
+# Those of them that only look at differences between logits.
+OF_DIFFERENCES = frozenset({"mean_field", "qmc"})

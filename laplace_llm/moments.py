@@ -11,8 +11,10 @@ from torch import Tensor
 from laplace_llm.curvature import StreamingInterface
 from laplace_llm.taps import Batch
 
-# Bytes that the Jacobians of one slice of a batch may take.
-JACOBIAN_BYTES = 256 * 2**20
+# What the Jacobians of one slice of a batch may take, as a part of the model's own size ...
+JACOBIAN_SHARE = 0.2
+# ... but at least so many bytes.
+JACOBIAN_BYTES = 64 * 2**20
 
 
 class Moments(NamedTuple):
@@ -41,31 +43,48 @@ def glm_moments(
     variance: Callable[[Sequence[Tensor]], Tensor],
     n_outputs: int,
     create_graph: bool = False,
+    directions: Tensor | None = None,
 ) -> Moments:
     """Contract Jacobians with a posterior, tensor by tensor and slice by slice.
 
     Parameters
     ----------
     backend : StreamingInterface
-        Computes the Jacobians: one forward and C backward passes a slice.
+        Computes the Jacobians: one forward and K backward passes a slice.
     batch : Tensor or MutableMapping
         Model inputs; every tensor has the batch as its first dimension.
     variance : Callable
-        Maps one Jacobian a tensor, each (b, C, out * in), to covariances (..., b, C, C).
+        Maps one Jacobian a tensor, each (b, K, out * in), to covariances (..., b, K, K).
     n_outputs : int
         C, from which the size of a slice follows.
     create_graph : bool, default=False
         Whether the moments are to be differentiated with respect to the inputs.
+    directions : Tensor, optional
+        (C, K), orthonormal columns: the subspace that the covariance is wanted in; default: all.
+
+    Returns
+    -------
+    moments : Moments
+        Mean (B, C), and covariance (..., B, C, C) of rank K.
     """
-    weights = sum(tensor.weight.numel() for tensor in backend.tensors)
-    bytes_per_row = max(weights * n_outputs * backend.dtype.itemsize, 1)
     means, covariances = [], []
-    for part in slices(batch, max(JACOBIAN_BYTES // bytes_per_row, 1)):
-        blocks, outputs = backend.jacobian_blocks(part, create_graph)
+    for part in slices(batch, _slice_rows(backend, n_outputs)):
+        blocks, outputs = backend.jacobian_blocks(part, create_graph, directions)
         means.append(outputs)
-        covariances.append(variance(blocks))
+        covariance = variance(blocks)
         del blocks
+        if directions is not None:
+            covariance = directions @ covariance @ directions.T
+        covariances.append(covariance)
     return Moments(torch.cat(means), torch.cat(covariances, -3))
+
+
+def _slice_rows(backend: StreamingInterface, n_outputs: int) -> int:
+    """Return how many examples' Jacobians are held at once."""
+    weights = sum(tensor.weight.numel() for tensor in backend.tensors)
+    model = sum(p.numel() * p.element_size() for p in backend.model.parameters())
+    budget = max(JACOBIAN_BYTES, int(JACOBIAN_SHARE * model))
+    return max(budget // (weights * n_outputs * backend.dtype.itemsize), 1)
 
 
 def slices(batch: Batch, rows: int) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from laplace_llm.errors import OptionError
+from laplace_llm.function_space import contrasts
 from laplace_llm.links import mean_field, quasi_monte_carlo
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.posterior import LoraPosterior
@@ -22,7 +23,9 @@ _LINKS = {"mean_field": mean_field, "qmc": quasi_monte_carlo}
 class LoraPredictive(LoraPosterior):
     """A posterior over LoRA weights that answers the parent's prediction calls."""
 
-    def moments_grid(self, batch: Batch, values: Tensor, layerwise: bool = False) -> Moments:
+    def moments_grid(
+        self, batch: Batch, values: Tensor, layerwise: bool = False, centred: bool = False
+    ) -> Moments:
         """Return the latent moments of a batch under G scalar prior precisions, in one pass.
 
         Parameters
@@ -33,6 +36,9 @@ class LoraPredictive(LoraPosterior):
             (G,) prior precisions.
         layerwise : bool, default=False
             Whether to keep the L tensors' parts apart, where tensors are independent.
+        centred : bool, default=False
+            Whether the covariances leave out what all logits share: enough for ``'qmc'``,
+            and ``'mean_field'``, and one backward pass in C less.
 
         Returns
         -------
@@ -54,8 +60,15 @@ class LoraPredictive(LoraPosterior):
                 batch,
                 lambda j: variance(j, values.to(self._device, self._dtype)),
                 self.n_outputs,
+                directions=self._directions(centred),
             )
         return Moments(moments.mean, moments.covariance.detach())
+
+    def _directions(self, centred: bool) -> Tensor | None:
+        """Return the directions (C, C - 1) that differences between logits span, if wanted."""
+        if not centred or self.n_outputs == 1:
+            return None
+        return contrasts(self.n_outputs, self.mean)
 
     def __call__(
         self,
@@ -106,7 +119,9 @@ class LoraPredictive(LoraPosterior):
                 return samples.mean(0), samples.var(0)
         if link_approx in _LINKS:
             if pred_type == "glm" and self._predicts_classes(fitting):
-                moments = self._glm_predictive_distribution(x, diagonal_output=diagonal_output)
+                moments = self._glm_predictive_distribution(
+                    x, diagonal_output=diagonal_output, centred=not diagonal_output
+                )
                 return _LINKS[link_approx](*moments)
             link_approx = "probit"  # what the parent expects where there is no link to take
         return super().__call__(
@@ -127,7 +142,11 @@ class LoraPredictive(LoraPosterior):
         )
 
     def _glm_predictive_distribution(
-        self, X: Batch | Moments, joint: bool = False, diagonal_output: bool = False
+        self,
+        X: Batch | Moments,
+        joint: bool = False,
+        diagonal_output: bool = False,
+        centred: bool = False,
     ) -> tuple[Tensor, Tensor]:
         if isinstance(X, Moments):  # already computed; cloned, as the bridge links write into them
             return X.mean.clone(), X.covariance.clone()
@@ -140,7 +159,12 @@ class LoraPredictive(LoraPosterior):
                 covariance = self._variance([j.flatten(0, 1)[None] for j in blocks])[0]
             else:
                 mean, covariance = glm_moments(
-                    self._streaming, X, self._variance, self.n_outputs, self.enable_backprop
+                    self._streaming,
+                    X,
+                    self._variance,
+                    self.n_outputs,
+                    self.enable_backprop,
+                    self._directions(centred),
                 )
         if diagonal_output and not joint:
             covariance = covariance.diagonal(dim1=-2, dim2=-1)

@@ -7,7 +7,7 @@ up, and `spectra` turns either into the eigenpairs that the posterior's algebra 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -213,7 +213,7 @@ def _decompose(moments: list[Moment]) -> list[Spectrum]:
     sketch = torch.stack([m.sketch for m in sketched])
     values, vectors, dropped = _nystrom(sketch)
     lost = torch.stack([m.trace.double() for m in sketched]) - values.sum(1)
-    rest = lost.clamp_min(0) / (sketch.shape[1] - (~dropped).sum(1))
+    rest = lost.clamp_min(0) / (sketch.shape[1] - (~dropped).sum(1)).clamp_min(1)
     values = torch.where(dropped, rest[:, None], values)
     results = []
     for moment, *parts in zip(sketched, vectors, values.to(sketch), rest.to(sketch), strict=True):
@@ -244,38 +244,27 @@ def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shift = eps * sketch.double().norm(dim=(1, 2)) / dim**0.5
     omega, height = _test_matrix_of(sketch), max(WORKSPACE_BYTES // (8 * sketch[:, 0].numel()), 1)
 
-    def over_rows(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-        """Call a function with every few rows of Y + shift Omega and of Omega, in float64."""
-        parts = zip(sketch.split(height, 1), omega.split(height), strict=True)
-        return [
-            function(y.double() + shift[:, None, None] * o.double(), o.double()) for y, o in parts
-        ]
+    def shifted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield a few rows of Y, of Y + shift Omega and of Omega, the latter two in float64."""
+        for y, o in zip(sketch.split(height, 1), omega.split(height), strict=True):
+            yield y, y.double() + shift[:, None, None] * o.double(), o.double()
 
-    def gram(mixing: Tensor) -> Tensor:
-        return sum(over_rows(lambda y, _: (y @ mixing).mT @ (y @ mixing)))  # type: ignore[return-value]
-
-    core = sum(over_rows(lambda y, o: o.T @ y))
+    core = sum(o.T @ y for _, y, o in shifted())
     assert isinstance(core, Tensor)
-    root = _inverse_root((core + core.mT) / 2, shift)[0]
-    values, vectors = torch.linalg.eigh(gram(root))
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    # Below this, products of double precision leave no direction to tell.
-    dropped = values <= torch.maximum(shift, 1e-12 * values[:, 0])[:, None]
-    scale = torch.where(dropped, 0, values.clamp_min(1e-300).rsqrt())
-    mixing = root @ (vectors * scale[:, None])
-    mixing = mixing @ _inverse_root(gram(mixing), shift.new_full((), 0.5))[1]  # once more
-    for y, o in zip(sketch.split(height, 1), omega.split(height), strict=True):
-        y.copy_((y.double() + shift[:, None, None] * o.double()) @ mixing)
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    kept = values > shift[:, None]  # below it, rounding of the stored sketch is all there is
+    root = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0)[:, None]
+    triangle = sketch.new_zeros(len(sketch), 0, sketch.shape[2], dtype=torch.float64)
+    for _, y, _ in shifted():  # of the QR decomposition of (Y + shift Omega) root
+        triangle = torch.linalg.qr(torch.cat([triangle, y @ root], 1), mode="r")[1]
+    _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
+    values, eps = singular.square(), torch.finfo(torch.float64).eps
+    dropped = values <= torch.maximum(shift, eps * values[:, 0])[:, None]
+    rotation = right.mT * torch.where(dropped, 0, 1 / singular.clamp_min(1e-300))[:, None]
+    for y, exact, _ in shifted():
+        y.copy_(exact @ root @ rotation)
     values = (values - shift[:, None]).clamp_min(0)
     return torch.where(dropped, 0, values), sketch, dropped
-
-
-def _inverse_root(matrix: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``V l^(-1/2)`` and ``V l^(-1/2) V^T`` over the eigenvalues l above `floor` (b,)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    kept = values > floor[..., None]
-    scaled = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0)[..., None, :]
-    return scaled, scaled @ vectors.mT
 
 
 def check_rank(rank: int | None) -> None:

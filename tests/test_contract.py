@@ -29,6 +29,7 @@ from laplace_llm import (
 )
 from laplace_llm.errors import NotFittedError, PriorError, StateError
 from laplace_llm.moments import slices
+from laplace_llm.sketch import spectra
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 STRUCTURES = {
@@ -113,8 +114,8 @@ def dense_precision(la, batch):
     blocks = []
     deltas = la.prior_precision.expand(len(la.tensors))
     for pair, delta in zip(la.H_facs.pairs, deltas, strict=True):
-        outputs = pair.outputs.spectrum().dense() * factor**0.5
-        inputs = pair.inputs.spectrum().dense() * factor**0.5 / len(labels_of(batch))
+        outputs = spectra([pair.outputs])[0].dense() * factor**0.5
+        inputs = spectra([pair.inputs])[0].dense() * factor**0.5 / len(labels_of(batch))
         if la.damping:
             outputs = outputs + delta.sqrt() * torch.eye(len(outputs)).double()
             inputs = inputs + delta.sqrt() * torch.eye(len(inputs)).double()

@@ -70,7 +70,7 @@ def _confidence(la: LoraPredictive, batches: list[Batch]) -> tuple[float, float]
     """Return the mean largest probability without and with the posterior."""
     trained, uncertain = [], []
     for batch in batches:
-        mean, covariance = la._glm_predictive_distribution(batch)
+        mean, covariance = la._glm_predictive_distribution(batch, centred=True)
         trained.append(torch.softmax(mean, -1).amax(-1).detach())
         uncertain.append(quasi_monte_carlo(mean, covariance).amax(-1).detach())
     return float(torch.cat(trained).mean()), float(torch.cat(uncertain).mean())

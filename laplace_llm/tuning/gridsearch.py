@@ -13,6 +13,7 @@ from tqdm import tqdm
 from laplace_llm._compat import validate
 from laplace_llm.data import check_labels, labelled, numbered
 from laplace_llm.errors import DataError, OptionError, PriorError
+from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.moments import Moments
 from laplace_llm.taps import Batch
 
@@ -61,7 +62,8 @@ def gridsearch(
     if not len(interval):
         raise OptionError("Expected grid_size >= 1, but the grid is empty.")
     if pred_type == "glm":
-        batches = _moments(la, interval, val_loader, progress_bar)
+        centred = link_approx in OF_DIFFERENCES and la._predicts_classes(fitting=True)
+        batches = _moments(la, interval, val_loader, centred, progress_bar)
 
         def at(index: int) -> list[tuple[Moments, Tensor]]:
             return [(moments.at(index), y) for moments, y in batches]
@@ -118,12 +120,12 @@ def _best(
 
 
 def _moments(
-    la: LoraPredictive, interval: Tensor, loader: Any, progress_bar: bool
+    la: LoraPredictive, interval: Tensor, loader: Any, centred: bool, progress_bar: bool
 ) -> list[tuple[Moments, Tensor]]:
     """Return the moments (G, B, C, C) and labels of every batch."""
     results = []
     for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
-        moments = la.moments_grid(x, interval)
+        moments = la.moments_grid(x, interval, centred=centred)
         regression = la.likelihood == "regression"
         results.append((moments, check_labels(y, moments.mean, regression, index)))
     return results

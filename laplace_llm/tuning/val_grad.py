@@ -124,7 +124,8 @@ def val_grad(
     regression = la.likelihood == "regression"
     low, high = (math.log10(bound) for bound in bounds)
     grid = torch.logspace(low, high, max(math.ceil(NODES_PER_DECADE * (high - low)), 4) + 1)
-    moments, labels = _pass(la, val_loader, grid, layerwise, progress_bar)
+    centred = link_approx != "probit" and not regression
+    moments, labels = _pass(la, val_loader, grid, layerwise, centred, progress_bar)
 
     def objective(covariance: Tensor) -> Tensor:
         if regression:
@@ -207,7 +208,12 @@ def _gaussian_nll(la: LoraPredictive, mean: Tensor, covariance: Tensor, targets:
 
 
 def _pass(
-    la: LoraPredictive, loader: Iterable[Any], grid: Tensor, layerwise: bool, progress_bar: bool
+    la: LoraPredictive,
+    loader: Iterable[Any],
+    grid: Tensor,
+    layerwise: bool,
+    centred: bool,
+    progress_bar: bool,
 ) -> tuple[Moments, Tensor]:
     """Return the mean (N, C), covariances (G, L, N, C, C) and labels of the whole loader."""
     means, covariances, labels = [], [], []
@@ -215,7 +221,7 @@ def _pass(
         loader, la.dict_key_y, la._device, "[Validation gradient: one pass]", progress_bar
     )
     for index, (x, y) in enumerate(batches):
-        moments = la.moments_grid(x, grid, layerwise=layerwise)
+        moments = la.moments_grid(x, grid, layerwise, centred)
         labels.append(check_labels(y, moments.mean, la.likelihood == "regression", index))
         means.append(moments.mean)
         covariances.append(moments.covariance if layerwise else moments.covariance[:, None])
