@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from laplace_llm.adapters import LoraTensor
+from laplace_llm.causal_heads import CausalHead
 from laplace_llm.errors import OutputError, TapError
 
 Batch = Tensor | MutableMapping[str, Any]
@@ -109,7 +110,8 @@ def forward(
     tensors : Sequence[LoraTensor]
         The tensors to tap. They must require gradients.
     batch : Tensor or MutableMapping
-        A mapping's ``attention_mask`` tells real tokens from padding.
+        A mapping's ``attention_mask`` tells real tokens from padding; where the model is one of
+        our heads or has one inside, that of the batch the head prepares.
     create_graph : bool, default=False
         Whether the inputs keep their graph too, for derivatives of the result.
 
@@ -121,7 +123,7 @@ def forward(
         If the output is not a finite (B, C) matrix.
     """
     calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in tensors]
-    with _hooks(tensors, calls):
+    with _hooks(tensors, calls), _heads_batch(model) as prepared:
         logits = model(batch)
     for tensor, fired in zip(tensors, calls, strict=True):
         if len(fired) != 1:
@@ -131,7 +133,8 @@ def forward(
                 "it out of LoraConfig(target_modules=...)."
             )
     check_logits(logits)
-    attention_mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
+    seen = prepared[-1] if prepared else batch
+    attention_mask = seen.get("attention_mask") if isinstance(seen, MutableMapping) else None
     inputs = [fired[0][0] if create_graph else fired[0][0].detach() for fired in calls]
     outputs = [fired[0][1] for fired in calls]
     taps = Taps(tensors, logits, inputs, outputs, attention_mask)
@@ -174,6 +177,27 @@ def _hooks(
         for tensor, fired in zip(tensors, calls, strict=True):
             handles.append(tensor.module.register_forward_hook(recorder(fired)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _heads_batch(model: nn.Module) -> Iterator[list[Any]]:
+    """Fill the list with what heads within the model make of their batches, and run them on it.
+
+    A head may take a batch apart, and the module around it may have made the batch itself.
+    """
+    prepared: list[Any] = []
+
+    def prepare(head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        prepared.append(cast(CausalHead, head).prepare(*args, **kwargs))
+        return (prepared[-1],), {}
+
+    heads = [module for module in model.modules() if isinstance(module, CausalHead)]
+    handles = [head.register_forward_pre_hook(prepare, with_kwargs=True) for head in heads]
+    try:
+        yield prepared
     finally:
         for handle in handles:
             handle.remove()
