@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laplace_llm import packing
 from laplace_llm.causal_heads import CausalHead, check_same_shape, entry, ids_and_mask
@@ -101,11 +100,15 @@ class ChoiceScoringHead(CausalHead):
                 "but a choice of the batch's choice_mask or choice_ids is empty or begins at the "
                 "first token of its row."
             )
-        features = self._hidden(targets.ids, targets.mask, targets.positions)[row, source]
-        logits = self._finish(at_least_float32(self._causal.get_output_embeddings()(features)))
-        tokens = targets.ids[row, position].to(logits.device)
-        log_probs = -F.cross_entropy(logits, tokens, reduction="none")
-        scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(logits.device), log_probs)
+        hidden = self._hidden(targets.ids, targets.mask, targets.positions).flatten(0, 1)
+        # Packed choices begin after one and the same token: its logits are computed once.
+        place, which = torch.unique(row * targets.ids.shape[1] + source, return_inverse=True)
+        logits = self._causal.get_output_embeddings()(hidden[place.to(hidden.device)])
+        logits = self._finish(at_least_float32(logits))
+        device = logits.device
+        which, tokens = which.to(device), targets.ids[row, position].to(device)
+        log_probs = logits[which, tokens] - logits.logsumexp(-1)[which]
+        scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(device), log_probs)
         if self.normalization == "mean":
             scores = scores / counts.to(scores)
         return scores.view(n_rows, n_choices)

@@ -173,6 +173,17 @@ def test_one_choice_and_many_are_scored_too():
         torch.testing.assert_close(head(packed(rows)), head(separate(rows)))
 
 
+def test_the_first_tokens_of_all_choices_share_their_logits():
+    model, rows, shapes = tiny_llama(), random_rows(3, choices=4), []
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(output.shape))
+    )
+    batch = packed(rows)
+    scoring_head(model)(batch)
+    tokens = int((batch["choice_ids"] >= 0).sum())
+    assert shapes == [(tokens - 3 * (4 - 1), VOCABULARY)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_scores_are_close(dtype):
     rows, head = random_rows(4), scoring_head(dtype=dtype)
