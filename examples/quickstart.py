@@ -168,8 +168,8 @@ def build_head(
         prompt = lambda row: template.replace("{question}", row["question"])  # noqa: E731
     if args.head == "scored":
         head = laplace_llm.ChoiceScoringHead(model, args.normalization)
-        packed = not args.separate
-        return head, laplace_llm.ChoiceScoringCollator(tokenizer, prompt, packed=packed)
+        collate = laplace_llm.ChoiceScoringCollator(tokenizer, prompt, packed=not args.separate)
+        return head, collate
     choices: Sequence[str] = laplace_llm.LETTERS[: len(rows[0]["choices"])]
     if args.head == "words":
         choices = rows[0]["choices"]

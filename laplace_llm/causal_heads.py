@@ -45,6 +45,10 @@ class CausalHead(nn.Module):
     def _device(self) -> torch.device:
         return self._causal.get_input_embeddings().weight.device
 
+    def prepare(self, batch: Any) -> Any:
+        """Return the batch as the model will see it; here, as it is."""
+        return batch
+
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:

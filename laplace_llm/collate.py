@@ -72,10 +72,11 @@ class MultipleChoiceCollator:
 
 @dataclass
 class ChoiceScoringCollator:
-    """Batches for `ChoiceScoringHead`: one sequence a choice, or one a question.
+    """Batches for `ChoiceScoringHead`: one sequence a question, or one a choice.
 
     Both give the same scores and gradients. Packed, the question is computed once instead of once
-    for each choice, and is counted once by Kronecker factors.
+    for each choice, and is counted once by Kronecker factors. The head takes packed batches apart
+    for models that cannot run them.
 
     Parameters
     ----------
@@ -83,22 +84,22 @@ class ChoiceScoringCollator:
         Its ``padding_side`` is used; a tokenizer without a padding token is fine.
     prompt : Callable, default=question_prompt
         Maps a row to the text that " " + choice follows.
-    packed : bool, default=False
-        Whether a question and its choices share one sequence. The model must take position ids
-        and use full attention, computed by sdpa or eager.
+    packed : bool, default=True
+        Whether a question and its choices share one sequence.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Callable[[Row], str] = question_prompt
-    packed: bool = False
+    packed: bool = True
 
     def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
-        """Return ``input_ids``, ``attention_mask``, ``choice_mask`` (B, C, T), ``labels`` (B,).
+        """Return a batch, with ``labels`` (B,) if all rows have an answer.
 
-        Packed, return ``input_ids``, ``attention_mask``, ``choice_ids``, ``position_ids`` (B, S)
-        and ``labels``: each question followed by its choices one after the other, with choice ids
-        c = 0, ..., C - 1 on their tokens and -1 elsewhere. The positions of every choice continue
-        the question's.
+        Packed, ``input_ids``, ``attention_mask``, ``choice_ids`` and ``position_ids`` (B, S): each
+        question followed by its choices one after the other, with choice ids c = 0, ..., C - 1 on
+        their tokens and -1 elsewhere. The positions of every choice continue the question's.
+
+        Otherwise ``input_ids``, ``attention_mask`` and ``choice_mask`` (B, C, T).
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""All choices of a question in one sequence: who sees whom, and which models can do it."""
+"""All choices of a question in one sequence: who sees whom, which models can, and the way back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import inspect
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-
-from laplace_llm.errors import OptionError, UnsupportedLayerError
 
 
 def visible(choice_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -45,38 +43,51 @@ def predecessors(seen: Tensor) -> Tensor:
     return (seen.tril(-1) * numbers).amax(-1) - 1
 
 
-def check_packable(model: PreTrainedModel) -> None:
-    """Raise unless a causal language model keeps packed choices apart.
+def unpack(ids: Tensor, mask: Tensor, choice_ids: Tensor) -> dict[str, Tensor]:
+    """Return one sequence a choice: ``input_ids``, ``attention_mask``, ``choice_mask`` (B, C, T).
 
-    Raises
-    ------
-    OptionError
-        If its attention is neither sdpa nor eager.
-    UnsupportedLayerError
-        If it ignores position ids or masks, or has layers other than full attention.
+    Each holds the real tokens of the question and of its own choice. Padding is on the right,
+    where no causal model can see it, and is as narrow as the longest sequence allows.
+
+    Parameters
+    ----------
+    ids, mask : Tensor
+        (B, S), padded on either side.
+    choice_ids : Tensor
+        (B, S), -1 on the question and on padding.
     """
-    config = model.config.get_text_config()
-    attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise OptionError(
-            "Expected attn_implementation='sdpa' or 'eager' for packed choices, but got "
-            f"{attention!r}. Load the model with one of these, or use "
-            "ChoiceScoringCollator(packed=False)."
-        )
+    numbers = torch.arange(count_choices(choice_ids), device=ids.device)[:, None]
+    choices = choice_ids[:, None, :].expand(-1, len(numbers), -1)
+    kept = ((choices < 0) | (choices == numbers)) & mask.bool()[:, None, :]
+    # The kept tokens come first; stable, so in their order.
+    order = (~kept).long().argsort(stable=True)[..., : int(kept.sum(-1).amax())]
+    kept = kept.gather(-1, order)
+    chosen = kept & (choices.gather(-1, order) == numbers)
+    ids = ids[:, None, :].expand_as(choices).gather(-1, order).where(kept, 0)
+    return {"input_ids": ids, "attention_mask": kept.long(), "choice_mask": chosen}
+
+
+def count_choices(choice_ids: Tensor) -> int:
+    """Return C, at least 1."""
+    return max(1, int(choice_ids.max()) + 1)
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Return why a causal language model would mix packed choices or misplace them, else None."""
     reason = _obstacle(model)
-    if reason is not None:
-        raise UnsupportedLayerError(
-            "Expected a model of full attention over given masks and positions for packed "
-            f"choices, but {type(model).__name__} {reason}. Use "
-            "ChoiceScoringCollator(packed=False)."
-        )
+    return None if reason is None else f"{type(model).__name__} {reason}"
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Return what of the model would mix choices or misplace them; None if nothing would."""
     config = model.config.get_text_config()
+    # Others take no additive mask, or would not look at it.
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"computes attention by {config._attn_implementation!r}, not by sdpa or eager"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "takes no position_ids"
+    # Where scores are not causal, what stands after a choice changes it: BERT as no decoder.
+    if not all(getattr(module, "is_causal", True) for module in model.base_model.modules()):
+        return "attends to later tokens"
     # Recurrent and convolutional layers heed no attention mask.
     if getattr(model, "_is_stateful", False):
         return "has recurrent layers"

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laplace_llm import packing
 from laplace_llm.causal_heads import CausalHead, check_same_shape, entry, ids_and_mask
@@ -45,28 +44,52 @@ class ChoiceScoringHead(CausalHead):
             )
         self.normalization = normalization
 
+    @property
+    def packing_obstacle(self) -> str | None:
+        """Why `prepare` takes packed batches apart for this model; None where it does not."""
+        return packing.obstacle(self._causal)
+
+    def prepare(self, batch: Any) -> Any:
+        """Return the batch as the model will see it.
+
+        A packed batch stays packed where the model keeps the choices of a sequence apart: full
+        attention over given masks and positions, computed by sdpa or eager. For other models it
+        becomes one sequence a choice, padded on the right; entries such as labels are kept.
+
+        Parameters
+        ----------
+        batch : MutableMapping
+            As for `forward`, which calls this by itself.
+
+        Raises
+        ------
+        DataError
+            If an entry of a packed batch is missing or of another shape.
+        """
+        if not _is_packed(batch) or self.packing_obstacle is None:
+            return batch
+        ids, mask, choices, _ = self._packed_entries(batch)
+        others = {key: batch[key] for key in batch if key not in ("choice_ids", "position_ids")}
+        return {**others, **packing.unpack(ids, mask, choices)}
+
     def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
         """Return the choices' scores (B, C) in float32 or better.
 
         Parameters
         ----------
         batch : MutableMapping
-            Of `ChoiceScoringCollator`. One sequence a choice: ``input_ids``, ``attention_mask``
-            and ``choice_mask`` of shape (B, C, T); the last marks the tokens of the choice itself.
-            Or packed, one sequence a question, told by its ``choice_ids``: these, ``input_ids``,
-            ``attention_mask`` and ``position_ids`` of shape (B, S).
+            Of `ChoiceScoringCollator`. Packed, one sequence a question, told by its
+            ``choice_ids``: these, ``input_ids``, ``attention_mask`` and ``position_ids`` of shape
+            (B, S). Or one sequence a choice: ``input_ids``, ``attention_mask`` and
+            ``choice_mask`` of shape (B, C, T); the last marks the tokens of the choice itself.
 
         Raises
         ------
         DataError
             If an input is missing or of another shape, or a choice has no token to score.
-        OptionError
-            If a batch is packed and the model's attention is neither sdpa nor eager.
-        UnsupportedLayerError
-            If a batch is packed and the model would not keep the choices apart.
         """
-        packed = isinstance(batch, MutableMapping) and "choice_ids" in batch
-        targets = self._packed(batch) if packed else self._separate(batch)
+        batch = self.prepare(batch)
+        targets = self._packed(batch) if _is_packed(batch) else self._separate(batch)
         n_rows, n_choices = targets.shape
         row, position = targets.chosen.nonzero(as_tuple=True)
         source, choice = targets.source[row, position], targets.choice[row, position]
@@ -74,14 +97,18 @@ class ChoiceScoringHead(CausalHead):
         if bool((counts == 0).any() | (source < 0).any()):
             raise DataError(
                 "Expected every choice to have at least one token, and a real token before each, "
-                f"but a {'choice of choice_ids' if packed else 'choice_mask'} is empty or begins "
-                "at the first token of its row."
+                "but a choice of the batch's choice_mask or choice_ids is empty or begins at the "
+                "first token of its row."
             )
-        features = self._hidden(targets.ids, targets.mask, targets.positions)[row, source]
-        logits = self._finish(at_least_float32(self._causal.get_output_embeddings()(features)))
-        tokens = targets.ids[row, position].to(logits.device)
-        log_probs = -F.cross_entropy(logits, tokens, reduction="none")
-        scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(logits.device), log_probs)
+        hidden = self._hidden(targets.ids, targets.mask, targets.positions).flatten(0, 1)
+        # Packed choices begin after one and the same token: its logits are computed once.
+        place, which = torch.unique(row * targets.ids.shape[1] + source, return_inverse=True)
+        logits = self._causal.get_output_embeddings()(hidden[place.to(hidden.device)])
+        logits = self._finish(at_least_float32(logits))
+        device = logits.device
+        which, tokens = which.to(device), targets.ids[row, position].to(device)
+        log_probs = logits[which, tokens] - logits.logsumexp(-1)[which]
+        scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(device), log_probs)
         if self.normalization == "mean":
             scores = scores / counts.to(scores)
         return scores.view(n_rows, n_choices)
@@ -100,19 +127,29 @@ class ChoiceScoringHead(CausalHead):
         return _Targets(ids, mask, None, chosen & mask.bool(), source, choice, shape)
 
     def _packed(self, batch: MutableMapping[str, Any]) -> _Targets:
-        packing.check_packable(self._causal)
+        ids, mask, choices, positions = self._packed_entries(batch)
+        seen = packing.visible(choices, mask)
+        attention = packing.additive(seen, self._causal.get_input_embeddings().weight.dtype)
+        chosen = (choices >= 0) & mask.bool()
+        n_choices = packing.count_choices(choices)
+        choice = torch.arange(len(ids), device=ids.device)[:, None] * n_choices + choices
+        source, shape = packing.predecessors(seen), (len(ids), n_choices)
+        return _Targets(ids, attention, positions, chosen, source, choice, shape)
+
+    def _packed_entries(
+        self, batch: MutableMapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ids, mask, choice ids and position ids, each (B, S)."""
         ids, mask = ids_and_mask(batch, 2, self._device)
         choices = entry(batch, "choice_ids", 2, self._device)
         positions = entry(batch, "position_ids", 2, self._device)
         check_same_shape("choice_ids", choices, ids)
         check_same_shape("position_ids", positions, ids)
-        seen = packing.visible(choices, mask)
-        attention = packing.additive(seen, self._causal.get_input_embeddings().weight.dtype)
-        chosen = (choices >= 0) & mask.bool()
-        n_choices = max(1, int(choices.max()) + 1)
-        choice = torch.arange(len(ids), device=ids.device)[:, None] * n_choices + choices
-        source, shape = packing.predecessors(seen), (len(ids), n_choices)
-        return _Targets(ids, attention, positions, chosen, source, choice, shape)
+        return ids, mask, choices, positions
+
+
+def _is_packed(batch: Any) -> bool:
+    return isinstance(batch, MutableMapping) and "choice_ids" in batch
 
 
 class _Targets(NamedTuple):

@@ -12,12 +12,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from laplace_llm.adapters import LoraTensor
+from laplace_llm.causal_heads import CausalHead
 from laplace_llm.errors import OutputError, TapError
 
 Batch = Tensor | MutableMapping[str, Any]
@@ -149,7 +150,8 @@ def forward(
     tensors : Sequence[LoraTensor]
         The tensors to tap. They must require gradients.
     batch : Tensor or MutableMapping
-        A mapping's ``attention_mask`` tells real tokens from padding.
+        A mapping's ``attention_mask`` tells real tokens from padding; where the model is one of
+        our heads or has one inside, that of the batch the head prepares.
     create_graph : bool, default=False
         Whether the inputs keep their graph too, for derivatives of the result.
 
@@ -161,7 +163,7 @@ def forward(
         If the output is not a finite (B, C) matrix.
     """
     taps, roots = [_Tap(index) for index in range(len(tensors))], list[Tensor]()
-    with _hooks(tensors, taps, roots, create_graph):
+    with _hooks(tensors, taps, roots, create_graph), _heads_batch(model) as prepared:
         logits = model(batch)
     for tensor, tap in zip(tensors, taps, strict=True):
         if tap.calls != 1:
@@ -171,7 +173,8 @@ def forward(
                 "it out of LoraConfig(target_modules=...)."
             )
     check_logits(logits)
-    attention_mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
+    seen = prepared[-1] if prepared else batch
+    attention_mask = seen.get("attention_mask") if isinstance(seen, MutableMapping) else None
     run = Taps(tensors, logits, taps, roots, attention_mask)
     if not bool(logits.isfinite().all()):
         name = _first_not_finite(model, run, batch)
@@ -273,6 +276,27 @@ def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
             stack.callback(check(index, tensor).remove)
         model(batch)
     return found[0] if found else None
+
+
+@contextmanager
+def _heads_batch(model: nn.Module) -> Iterator[list[Any]]:
+    """Fill the list with what heads within the model make of their batches, and run them on it.
+
+    A head may take a batch apart, and the module around it may have made the batch itself.
+    """
+    prepared: list[Any] = []
+
+    def prepare(head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        prepared.append(cast(CausalHead, head).prepare(*args, **kwargs))
+        return (prepared[-1],), {}
+
+    heads = [module for module in model.modules() if isinstance(module, CausalHead)]
+    handles = [head.register_forward_pre_hook(prepare, with_kwargs=True) for head in heads]
+    try:
+        yield prepared
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _token_mask(

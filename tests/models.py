@@ -271,6 +271,25 @@ def choice_batch(
     }
 
 
+def packed_batch(n: int, choices: int = 3, seed: int = 0, pad: str = "right") -> dict[str, Tensor]:
+    """Return n questions of two to five tokens, each packed with choices of one to three."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(choices, (n,), generator=generator)
+    heads = torch.randint(2, 6, (n,), generator=generator).tolist()
+    sizes = torch.randint(1, 4, (n, choices), generator=generator)
+    rows, numbers, positions = [], [], []
+    for head, tails in zip(heads, sizes, strict=True):
+        own = torch.arange(choices).repeat_interleave(tails)
+        rows.append(torch.randint(1, VOCABULARY, (head + len(own),), generator=generator))
+        numbers.append(torch.cat([torch.full((head,), -1), own]))
+        positions.append(torch.cat([torch.arange(head), *(head + torch.arange(k) for k in tails)]))
+    width = max(map(len, rows))
+    ids, mask = _pad(rows, width, pad)
+    choice_ids = _pad(numbers, width, pad)[0].where(mask.bool(), -1)
+    entries = {"input_ids": ids, "attention_mask": mask, "choice_ids": choice_ids}
+    return {**entries, "position_ids": _pad(positions, width, pad)[0], "labels": labels}
+
+
 def mlp_batch(
     n: int, seed: int = 0, inputs: int = 4, outputs: int = 3, regression: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -339,7 +358,7 @@ HEADS: dict[str, Callable[[], Setup]] = {
     "letters": lambda: Setup(letter_head(), lambda n, seed=0: letter_batch(n, seed=seed)),
     "scored": lambda: Setup(
         scoring_head(tiny_llama(targets=("v_proj",))),
-        lambda n, seed=0: choice_batch(n, 3, seed=seed, pad="left"),
+        lambda n, seed=0: packed_batch(n, 3, seed=seed, pad="left"),
     ),
     "classifier": lambda: Setup(
         SequenceClassificationHead(tiny_bert_classifier()),

@@ -1,5 +1,6 @@
 """From rows of text to batches."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,8 +28,13 @@ ROWS = [
     {"question": "what colour is grass ?", "choices": ["red", "blue and white", "green"]},
 ]
 LABELLED = ROWS[:2]
-COLLATORS = [MultipleChoiceCollator, ChoiceScoringCollator]
-each_collator = pytest.mark.parametrize("collator", COLLATORS)
+COLLATORS = {
+    "letters": MultipleChoiceCollator,
+    "packed": ChoiceScoringCollator,
+    "separate": partial(ChoiceScoringCollator, packed=False),
+}
+each_collator = pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS.keys())
+each_form = pytest.mark.parametrize("packed", [True, False])
 
 
 def words(tokenizer: PreTrainedTokenizerFast, ids: Tensor, mask: Tensor) -> str:
@@ -139,7 +145,7 @@ def test_a_separator_is_taken_off_as_well():
 @pytest.mark.parametrize("special", [{}, {"bos": True, "eos": True}])
 def test_the_mask_marks_exactly_the_choices(side, special):
     tokenizer = tiny_tokenizer(side, **special)
-    batch = ChoiceScoringCollator(tokenizer)(ROWS)
+    batch = ChoiceScoringCollator(tokenizer, packed=False)(ROWS)
     ids, mask, chosen = batch["input_ids"], batch["attention_mask"], batch["choice_mask"]
     assert ids.shape == mask.shape == chosen.shape
     assert ids.shape[:2] == (3, 3)
@@ -152,15 +158,19 @@ def test_the_mask_marks_exactly_the_choices(side, special):
             assert text == f"{opening}Question : {row['question']} Answer : {choice}"
 
 
-def test_space_around_a_choice_does_not_matter():
-    collate = ChoiceScoringCollator(tiny_tokenizer())
+@each_form
+def test_space_around_a_choice_does_not_matter(packed):
+    collate = ChoiceScoringCollator(tiny_tokenizer(), packed=packed)
     spaced = [{**row, "choices": [f" {c} " for c in row["choices"]]} for row in ROWS]
     for key, value in collate(ROWS).items():
         assert torch.equal(value, collate(spaced)[key])
 
 
 def test_choices_may_be_numbers():
-    batch = ChoiceScoringCollator(tiny_tokenizer())([{"question": "what ?", "choices": [1, 2]}])
+    rows, tokenizer = [{"question": "what ?", "choices": [1, 2]}], tiny_tokenizer()
+    batch = ChoiceScoringCollator(tokenizer)(rows)
+    assert batch["choice_ids"][0, -2:].tolist() == [0, 1]
+    batch = ChoiceScoringCollator(tokenizer, packed=False)(rows)
     assert batch["choice_mask"].sum(-1).tolist() == [[1, 1]]
 
 
@@ -252,18 +262,21 @@ def test_batches_feed_the_letter_head(side):
     torch.testing.assert_close(head(MultipleChoiceCollator(tokenizer)(ROWS)), alone)
 
 
+@each_form
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("special", [{}, {"bos": True, "eos": True}, {"pad": False}])
-def test_scores_do_not_depend_on_the_rest_of_the_batch(side, special):
-    collate, head = ChoiceScoringCollator(tiny_tokenizer(side, **special)), scoring_head()
+def test_scores_do_not_depend_on_the_rest_of_the_batch(packed, side, special):
+    collate = ChoiceScoringCollator(tiny_tokenizer(side, **special), packed=packed)
+    head = scoring_head()
     alone = torch.cat([head(collate([row])) for row in ROWS])
     torch.testing.assert_close(head(collate(ROWS)), alone)
     torch.testing.assert_close(head(collate(ROWS[::-1])), alone.flip(0))
 
 
+@each_form
 @pytest.mark.parametrize("normalization", ["sum", "mean"])
-def test_permuting_the_choices_permutes_the_scores(normalization):
-    collate = ChoiceScoringCollator(tiny_tokenizer("left"))
+def test_permuting_the_choices_permutes_the_scores(packed, normalization):
+    collate = ChoiceScoringCollator(tiny_tokenizer("left"), packed=packed)
     head = scoring_head(normalization=normalization)
     order = [2, 0, 1]
     permuted = [{**row, "choices": [row["choices"][i] for i in order]} for row in ROWS]

@@ -387,7 +387,7 @@ def nothing_marked(batch: dict[str, Tensor]) -> None:
 def test_choices_that_cannot_be_scored_are_refused(spoil: Callable):
     batch = choice_batch(2)
     spoil(batch)
-    with pytest.raises(DataError, match="choice_mask is empty or begins at the first token"):
+    with pytest.raises(DataError, match="choice_mask or choice_ids is empty or begins at the"):
         scoring_head()(batch)
 
 

@@ -1,17 +1,21 @@
 """Packed choices: one sequence a question gives what one sequence a choice gives."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from models import (
     HIDDEN,
     VOCABULARY,
     WORDS,
     bruteforce_jacobians,
+    letter_batch,
     letter_head,
     scoring_head,
+    snapshot,
     tiny_gpt2,
     tiny_llama,
     tiny_opt,
@@ -21,25 +25,29 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
     BambaConfig,
     BambaForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from laplace_llm import ChoiceScoringCollator, StreamingEF, StreamingGGN
+from laplace_llm import ChoiceScoringCollator, StreamingEF, StreamingGGN, moments
 from laplace_llm import Laplace as LoraLaplace
 from laplace_llm.adapters import find_lora_tensors
-from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
-from laplace_llm.packing import additive, predecessors, visible
+from laplace_llm.errors import DataError
+from laplace_llm.packing import additive, predecessors, unpack, visible
 
 CAUSAL = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}
 each_causal = pytest.mark.parametrize("build", CAUSAL.values(), ids=CAUSAL.keys())
@@ -63,12 +71,12 @@ def random_rows(n: int, choices: int = 3, seed: int = 0) -> list[dict[str, Any]]
 
 
 def separate(rows: list[dict[str, Any]], side: str = "right") -> dict[str, Tensor]:
-    return dict(ChoiceScoringCollator(tiny_tokenizer(side))(rows))
+    return dict(ChoiceScoringCollator(tiny_tokenizer(side), packed=False)(rows))
 
 
 def packed(rows: list[dict[str, Any]], side: str = "right", extra: int = 0) -> dict[str, Tensor]:
     """Return a packed batch with `extra` columns of padding, of token 7, on its side."""
-    batch = dict(ChoiceScoringCollator(tiny_tokenizer(side), packed=True)(rows))
+    batch = dict(ChoiceScoringCollator(tiny_tokenizer(side))(rows))
     columns = (extra, 0) if side == "left" else (0, extra)
     fill = {"input_ids": 7, "attention_mask": 0, "choice_ids": -1, "position_ids": 0}
     return {k: F.pad(v, columns, value=fill[k]) if k in fill else v for k, v in batch.items()}
@@ -83,7 +91,7 @@ SHORT = {"question": "what ?", "choices": ["sea", "grass"], "answer": 0}
 @each_side
 def test_a_packed_row_is_the_question_and_each_choice(side):
     tokenizer = tiny_tokenizer(side, bos=True, eos=True)
-    batch = ChoiceScoringCollator(tokenizer, packed=True)([ROW, SHORT])
+    batch = ChoiceScoringCollator(tokenizer)([ROW, SHORT])
     entries = ("input_ids", "attention_mask", "choice_ids", "position_ids", "labels")
     assert set(batch) == set(entries)
     texts = [
@@ -104,14 +112,16 @@ def test_a_packed_row_is_the_question_and_each_choice(side):
     assert batch["labels"].tolist() == [1, 0]
 
 
-def test_choices_are_not_packed_unless_asked():
-    assert "choice_mask" in ChoiceScoringCollator(tiny_tokenizer())([ROW])
+def test_choices_are_packed_unless_told_otherwise():
+    assert "choice_ids" in ChoiceScoringCollator(tiny_tokenizer())([ROW])
+    assert "choice_mask" in ChoiceScoringCollator(tiny_tokenizer(), packed=False)([ROW])
 
 
-def test_packed_rows_need_the_same_number_of_choices_too():
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_need_the_same_number_of_choices(packed):
     odd = {"question": "what ?", "choices": ["red"], "answer": 0}
     with pytest.raises(DataError, match=r"same number of choices, but got \[1, 2\]"):
-        ChoiceScoringCollator(tiny_tokenizer(), packed=True)([ROW, odd])
+        ChoiceScoringCollator(tiny_tokenizer(), packed=packed)([ROW, odd])
 
 
 # Who sees whom ------------------------------------------------------------------------------------
@@ -161,6 +171,17 @@ def test_one_choice_and_many_are_scored_too():
     for choices in (1, 7):
         rows = random_rows(2, choices)
         torch.testing.assert_close(head(packed(rows)), head(separate(rows)))
+
+
+def test_the_first_tokens_of_all_choices_share_their_logits():
+    model, rows, shapes = tiny_llama(), random_rows(3, choices=4), []
+    model.get_base_model().lm_head.register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(output.shape))
+    )
+    batch = packed(rows)
+    scoring_head(model)(batch)
+    tokens = int((batch["choice_ids"] >= 0).sum())
+    assert shapes == [(tokens - 3 * (4 - 1), VOCABULARY)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -276,8 +297,10 @@ def windows() -> PeftModel:
 
 
 def some_windows() -> PeftModel:
-    config = Gemma2Config(**llama_shape(head_dim=8, sliding_window=4))
-    return with_lora(Gemma2ForCausalLM(config), "v_proj")
+    config = Qwen2Config(
+        **llama_shape(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    )
+    return with_lora(Qwen2ForCausalLM(config), "v_proj")
 
 
 def recurrent() -> PeftModel:
@@ -316,37 +339,213 @@ def local() -> PeftModel:
     return with_lora(GPTNeoForCausalLM(config), "v_proj")
 
 
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (windows, "MistralForCausalLM attends to windows of 4 tokens"),
-        (some_windows, "Gemma2ForCausalLM .*(sliding|windows)"),
-        (recurrent, "BambaForCausalLM has recurrent layers"),
-        (without_positions, "BloomForCausalLM takes no position_ids"),
-        (with_alibi, "FalconForCausalLM has attention of its own"),
-        (local, "GPTNeoForCausalLM has attention of its own"),
-    ],
+def bidirectional() -> PeftModel:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return with_lora(BertLMHeadModel(config), "value")
+
+
+def other_attention() -> PeftModel:
+    """Return a model whose attention, like flash attention, takes no mask of four dimensions."""
+    AttentionInterface.register("causal_only", sdpa_attention_forward)
+    model = tiny_llama()
+    model.get_base_model().config._attn_implementation = "causal_only"
+    return model
+
+
+UNPACKABLE = {
+    "windows": (windows, "MistralForCausalLM attends to windows of 4 tokens"),
+    "some windows": (some_windows, "Qwen2ForCausalLM .*(sliding|windows).*"),
+    "recurrent": (recurrent, "BambaForCausalLM has recurrent layers"),
+    "no positions": (without_positions, "BloomForCausalLM takes no position_ids"),
+    "alibi": (with_alibi, "FalconForCausalLM has attention of its own"),
+    "local": (local, "GPTNeoForCausalLM has attention of its own"),
+    # Older versions of transformers give it attention of its own.
+    "bidirectional": (bidirectional, "BertLMHeadModel (attends to later tokens|has attention .*)"),
+    "attention": (other_attention, "LlamaForCausalLM computes attention by 'causal_only', .*"),
+}
+each_unpackable = pytest.mark.parametrize(
+    "build", [build for build, _ in UNPACKABLE.values()], ids=UNPACKABLE.keys()
 )
-def test_models_that_would_mix_choices_are_refused(build: Callable[[], PeftModel], reason: str):
-    head, rows = scoring_head(build()), random_rows(2)
-    with pytest.raises(UnsupportedLayerError, match=rf"{reason}.*packed=False"):
-        head(packed(rows))
+
+
+@pytest.mark.parametrize(("build", "reason"), UNPACKABLE.values(), ids=UNPACKABLE.keys())
+def test_the_reason_why_a_model_would_mix_choices_can_be_asked_for(build, reason):
+    assert re.fullmatch(reason, scoring_head(build()).packing_obstacle)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_that_takes_no_such_mask_is_refused(attention):
-    model = tiny_llama()
-    model.get_base_model().config._attn_implementation = attention
-    with pytest.raises(OptionError, match=rf"'sdpa' or 'eager'.*'{attention}'.*packed=False"):
-        scoring_head(model)(packed(random_rows(2)))
+def test_attention_is_looked_at_when_a_batch_comes(attention):
+    head, batch = scoring_head(), packed(random_rows(2))
+    assert head.packing_obstacle is None
+    assert head.prepare(batch) is batch
+    head.model.get_base_model().config._attn_implementation = attention
+    assert head.packing_obstacle == (
+        f"LlamaForCausalLM computes attention by '{attention}', not by sdpa or eager"
+    )
+    assert "choice_mask" in head.prepare(batch)
+
+
+# Taking a packed batch apart ----------------------------------------------------------------------
+
+
+def assert_same_batch(actual: Any, expected: Any) -> None:
+    assert set(actual) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=0)
+
+
+UNEQUAL = [
+    {"question": "what ?", "choices": ["sea", "the sea and the sky and the grass and snow"]},
+    {"question": "what is the colour and what is the sky ?", "choices": ["blue and red", "blue"]},
+]
+
+
+@each_side
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(
+    "rows",
+    [random_rows(5), random_rows(1), random_rows(3, choices=1), random_rows(2, 7), UNEQUAL],
+    ids=["several", "one row", "one choice", "many choices", "unequal"],
+)
+def test_apart_it_is_the_separate_batch_with_padding_on_the_right(rows, extra, side):
+    head = scoring_head(windows())
+    prepared = head.prepare(packed(rows, side, extra))
+    assert_same_batch(prepared, separate(rows))
+    assert head.prepare(prepared) is prepared
+
+
+def test_without_a_mask_all_tokens_are_real():
+    batch = packed([ROW])
+    del batch["attention_mask"]
+    assert_same_batch(
+        unpack(batch["input_ids"], torch.ones_like(batch["input_ids"]), batch["choice_ids"]),
+        {key: value for key, value in separate([ROW]).items() if key != "labels"},
+    )
+    prepared = scoring_head(windows()).prepare(batch)
+    assert_same_batch(prepared, separate([ROW]))
+
+
+def test_other_entries_are_kept():
+    batch = {**packed([ROW, SHORT]), "names": ["first", "second"]}
+    before = dict(batch)
+    prepared = scoring_head(windows()).prepare(batch)
+    assert prepared["names"] is batch["names"]
+    assert prepared["labels"] is batch["labels"]
+    assert_same_batch({**batch, "names": 0}, {**before, "names": 0})
+
+
+def test_what_is_not_packed_stays_as_it_is():
+    batch = separate([ROW], "left")
+    for model in (windows(), tiny_llama()):
+        assert scoring_head(model).prepare(batch) is batch
+    letters = letter_batch(2)
+    assert letter_head().prepare(letters) is letters
+
+
+@each_unpackable
+@each_side
+@pytest.mark.parametrize("normalization", ["sum", "mean"])
+def test_taken_apart_scores_equal_separate_ones(build, side, normalization):
+    head, rows = scoring_head(build(), normalization), random_rows(4)
+    expected = head(separate(rows))
+    torch.testing.assert_close(head(packed(rows, side, extra=1)), expected, rtol=0, atol=0)
+    alone = torch.cat([head(packed([row], side)) for row in rows])
+    torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)  # norms round to float32
+
+
+@each_unpackable
+@each_side
+def test_taken_apart_jacobians_equal_separate_ones(build, side):
+    head, rows = scoring_head(build()), random_rows(3)
+    backend = StreamingGGN(head, "classification")
+    blocks, logits = backend.jacobian_blocks(packed(rows, side))
+    expected, expected_logits = backend.jacobian_blocks(separate(rows))
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(blocks, expected)
+    oracle = bruteforce_jacobians(head, separate(rows), find_lora_tensors(head))
+    torch.testing.assert_close(torch.cat([b.flatten(2) for b in blocks], -1), oracle)
+
+
+def test_one_choice_on_the_left_is_masked_as_the_model_sees_it():
+    """Packed and separate batches are then of one size, but of other sides."""
+    head, rows = scoring_head(windows()), random_rows(3, choices=1)
+    backend = StreamingGGN(head, "regression")
+    blocks, _ = backend.jacobian_blocks(packed(rows, "left"))
+    torch.testing.assert_close(blocks, backend.jacobian_blocks(separate(rows))[0])
+
+
+def posterior_of(head: nn.Module, form: Callable[..., dict], **kwargs: Any) -> dict[str, Any]:
+    """Return what a posterior fitted to one form of batches comes to."""
+    la = LoraLaplace(head, "classification", "lora", **kwargs)
+    la.fit([form(random_rows(4)), form(random_rows(3, seed=1))])
+    test = form(random_rows(3, seed=2))
+    result = {"evidence": la.log_marginal_likelihood().detach(), "glm": la(test)}
+    la.optimize_prior_precision()
+    generator = torch.Generator().manual_seed(0)
+    samples = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3, "generator": generator}
+    return result | {"loo": la.prior_precision, "tuned": la(test), "nn": la(test, **samples)}
+
+
+def packed_left(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return packed(rows, "left")
+
+
+@each_unpackable
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_taken_apart_posteriors_equal_separate_ones(build, structure, monkeypatch):
+    head = scoring_head(build())
+    expected = posterior_of(head, separate, hessian_structure=structure)
+    assert bool((expected["tuned"] - expected["glm"]).abs().max() > 1e-6)
+    monkeypatch.setattr(moments, "JACOBIAN_BYTES", 1)  # one question a slice
+    actual = posterior_of(head, packed_left, hessian_structure=structure)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [CurvlinopsGGN, AsdlGGN])
+def test_taken_apart_under_the_parents_backends(backend):
+    head = scoring_head(windows())
+    actual, expected = (posterior_of(head, f, backend=backend) for f in (packed_left, separate))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+class Around(nn.Module):
+    """A module of the user's around a head."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.head(batch=dict(batch)) / 2
+
+
+@pytest.mark.parametrize("build", [windows, tiny_llama])
+@pytest.mark.parametrize("approx", ["reduce", "expand"])
+def test_a_head_inside_another_module(build, approx):
+    model = Around(scoring_head(build()))
+    form = separate if build is windows else packed
+    before = snapshot(model)
+    options = {"backend_kwargs": {"kfac_approx": approx}}
+    expected = posterior_of(model, form, **options)
+    torch.testing.assert_close(posterior_of(model, packed_left, **options), expected)
+    assert snapshot(model) == before
 
 
 # Bad batches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("build", [tiny_llama, windows])
 @pytest.mark.parametrize("missing", ["input_ids", "attention_mask", "position_ids"])
-def test_a_missing_entry_is_named(missing):
-    head, batch = scoring_head(), packed([ROW])
+def test_a_missing_entry_is_named(build, missing):
+    head, batch = scoring_head(build()), packed([ROW])
     expected = head(batch)
     del batch[missing]
     if missing == "attention_mask":  # all tokens are real
@@ -356,26 +555,29 @@ def test_a_missing_entry_is_named(missing):
         head(batch)
 
 
+@pytest.mark.parametrize("build", [tiny_llama, windows])
 @pytest.mark.parametrize("key", ["attention_mask", "choice_ids", "position_ids"])
-def test_entries_of_another_shape_are_refused(key):
+def test_entries_of_another_shape_are_refused(build, key):
     batch = packed([ROW])
     batch[key] = batch[key][:, 1:]
     with pytest.raises(DataError, match=rf"{key}.*shape of input_ids"):
-        scoring_head()(batch)
+        scoring_head(build())(batch)
 
 
 def test_a_choice_without_tokens_is_refused():
     batch = packed([ROW, ROW])
     batch["choice_ids"][1][batch["choice_ids"][1] == 1] = 0
-    with pytest.raises(DataError, match="choice of choice_ids is empty"):
-        scoring_head()(batch)
+    for model in (tiny_llama(), windows()):
+        with pytest.raises(DataError, match="choice_ids is empty"):
+            scoring_head(model)(batch)
 
 
 def test_a_choice_without_a_question_is_refused():
     batch = packed([ROW])
     batch["choice_ids"][batch["choice_ids"] == -1] = 0
-    with pytest.raises(DataError, match="begins at the first token"):
-        scoring_head()(batch)
+    for model in (tiny_llama(), windows()):
+        with pytest.raises(DataError, match="begins at the first token"):
+            scoring_head(model)(batch)
 
 
 def test_letters_refuse_packed_choices():
