@@ -6,6 +6,7 @@ checks ask of values that do not exist is answered as good data would (`LiveByte
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -141,6 +142,7 @@ class Account(NamedTuple):
 
 def account(run: Callable[[], Any], live: LiveBytes) -> Account:
     """Run an operation whose tensors are on the meta device, inside `live`."""
+    gc.collect()
     before = live.current
     live.reset()
     result = run()

@@ -190,7 +190,7 @@ def _head(workload: Workload, device: torch.device) -> MultipleChoiceHead:
             nn.init.normal_(parameter.data, std=0.02)
     vocabulary = _vocabulary(model)
     if workload.choices > vocabulary:
-        raise SystemExit(
+        raise ValueError(
             f"Expected --choices of at most {vocabulary}, the size of the vocabulary, but got "
             f"{workload.choices}."
         )

@@ -34,8 +34,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     """Run a request's row; an error is a result too."""
     libraries = measure.resident_bytes()  # what importing alone takes
     workload = Workload(**request["workload"])
-    row = find_row(request["name"], request["who"])
     try:
+        row = find_row(request["name"], request["who"])
         if workload.device == "meta":
             return accounted(row, workload)
         torch.set_num_threads(request["threads"])
