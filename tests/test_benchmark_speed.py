@@ -32,15 +32,24 @@ def named(name: str, rows: list[Row] = operations.ROWS) -> Row:
 
 
 @pytest.fixture
-def _one_broken_row(monkeypatch):
-    """Add a row that only this process knows, so that its own process fails; keep one peer."""
+def _few_rows(monkeypatch):
+    """Leave one operation by us and one peer, each in its own process, and add one that fails."""
     broken = Row("broken", "broken", lambda problem: Operation(lambda: None))
-    monkeypatch.setattr(operations, "ROWS", [*operations.ROWS, broken])
+    monkeypatch.setattr(operations, "ROWS", [broken, named("fit")])
     monkeypatch.setattr(command, "NAMES", ["broken", "fit"])
     monkeypatch.setattr(peers, "ROWS", [named("fit", peers.ROWS)])
+    run_row = command.run_row
+
+    def run(r: Row, workload: Workload, options: Any) -> dict[str, Any]:
+        if r is not broken:
+            return run_row(r, workload, options)
+        request = {"name": "unknown", "who": "", "workload": asdict(workload)}
+        return {"name": r.name, "title": r.title, "who": r.who, **row.run(request)}
+
+    monkeypatch.setattr(command, "run_row", run)
 
 
-@pytest.mark.usefixtures("_one_broken_row")
+@pytest.mark.usefixtures("_few_rows")
 def test_the_command(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--peers", "--rows", "broken", "fit"]
     arguments += ["--repeats", "3", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
