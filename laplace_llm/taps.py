@@ -9,39 +9,19 @@ which example, and which are padding, is decided here and nowhere else.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from laplace_llm.adapters import LoraTensor
-from laplace_llm.causal_heads import CausalHead
 from laplace_llm.errors import OutputError, TapError
+from laplace_llm.hooks import Tap, heads_batch, tapped
 
 Batch = Tensor | MutableMapping[str, Any]
 T = TypeVar("T")
-
-
-class _Tap:
-    """What one tensor's module was called with, and who is to be told of its output's gradient.
-
-    The graph refers to taps, so taps must not refer to the graph.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.calls = 0
-        self.source = index
-        self.inputs: Tensor | None = None
-        self.shape = torch.Size()  # of the output
-        self.consume: Callable[[Tensor], None] | None = None
-
-    def gradient(self, gradient: Tensor) -> None:
-        """Pass the output's gradient on, in a backward pass of ours."""
-        if self.consume is not None:
-            self.consume(gradient)
 
 
 class Taps:
@@ -59,7 +39,7 @@ class Taps:
         self,
         tensors: Sequence[LoraTensor],
         logits: Tensor,
-        taps: Sequence[_Tap],
+        taps: Sequence[Tap],
         roots: Sequence[Tensor],
         attention_mask: Tensor | None,
     ) -> None:
@@ -162,8 +142,8 @@ def forward(
     OutputError
         If the output is not a finite (B, C) matrix.
     """
-    taps, roots = [_Tap(index) for index in range(len(tensors))], list[Tensor]()
-    with _hooks(tensors, taps, roots, create_graph), _heads_batch(model) as prepared:
+    taps, roots = [Tap(index) for index in range(len(tensors))], list[Tensor]()
+    with tapped(tensors, taps, roots, create_graph), heads_batch(model) as prepared:
         logits = model(batch)
     for tensor, tap in zip(tensors, taps, strict=True):
         if tap.calls != 1:
@@ -202,62 +182,6 @@ def check_logits(logits: Any) -> None:
         )
 
 
-@contextmanager
-def _hooks(
-    tensors: Sequence[LoraTensor], taps: Sequence[_Tap], roots: list[Tensor], create_graph: bool
-) -> Iterator[None]:
-    """Fill in the taps, and the roots: where a backward pass may stop.
-
-    These are the outputs of ``lora_A``, which every path through its ``lora_B`` ends at and which
-    are small; the inputs of ``lora_B`` where it is tapped alone.
-    """
-    alone = all(tensor.side == "B" for tensor in tensors)
-    readers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-
-    def read(tensor: LoraTensor, index: int) -> Any:
-        """Find out whether an earlier layer had the same input: PEFT casts it for each anew."""
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            earlier = readers.get(id(args[0]))
-            if earlier is None or earlier[0]() is not args[0]:
-                earlier = readers[id(args[0])] = (weakref.ref(args[0]), index)
-            if tensors[earlier[1]].weight.dtype == tensor.weight.dtype:
-                taps[index].source = earlier[1]
-
-        return tensor.layer.register_forward_pre_hook(hook)
-
-    def before(tensor: LoraTensor) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not args[0].requires_grad:  # there is no graph before the first tapped layer
-                args[0].requires_grad_()
-            roots.append(args[0])
-
-        return tensor.module.register_forward_pre_hook(hook)
-
-    def after(tensor: LoraTensor, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            tap = taps[index]
-            tap.calls, tap.shape = tap.calls + 1, output.shape
-            if tap.source == index:
-                tap.inputs = args[0] if create_graph else args[0].detach()
-            output.register_hook(tap.gradient)
-            if tensor.side == "A":
-                roots.append(output)
-
-        return tensor.module.register_forward_hook(hook)
-
-    with ExitStack() as stack:
-        for index, tensor in enumerate(tensors):
-            handles = [after(tensor, index)]
-            if tensor.side == "A":
-                handles.append(read(tensor, index))
-            elif alone:
-                handles.append(before(tensor))
-            for handle in handles:
-                stack.callback(handle.remove)
-        yield
-
-
 def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
     """Return the name of the first tensor with NaN or inf in its input or output."""
     found: list[str] = []
@@ -276,27 +200,6 @@ def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
             stack.callback(check(index, tensor).remove)
         model(batch)
     return found[0] if found else None
-
-
-@contextmanager
-def _heads_batch(model: nn.Module) -> Iterator[list[Any]]:
-    """Fill the list with what heads within the model make of their batches, and run them on it.
-
-    A head may take a batch apart, and the module around it may have made the batch itself.
-    """
-    prepared: list[Any] = []
-
-    def prepare(head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        prepared.append(cast(CausalHead, head).prepare(*args, **kwargs))
-        return (prepared[-1],), {}
-
-    heads = [module for module in model.modules() if isinstance(module, CausalHead)]
-    handles = [head.register_forward_pre_hook(prepare, with_kwargs=True) for head in heads]
-    try:
-        yield prepared
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _token_mask(

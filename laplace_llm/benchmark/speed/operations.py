@@ -18,7 +18,6 @@ import laplace_llm  # noqa: F401  # registers subset_of_weights="lora"
 from laplace_llm.benchmark.speed.presets import Problem
 from laplace_llm.kernel import training_space
 from laplace_llm.links import quasi_monte_carlo
-from laplace_llm.sketch import DEFAULT_RANK, DENSE_UP_TO
 from laplace_llm.tuning.leave_one_out import leave_one_out
 from laplace_llm.tuning.val_grad import NODES_PER_DECADE, descend
 
@@ -141,16 +140,19 @@ def construct(problem: Problem, **options: Any) -> Any:
 
 
 def fitted(problem: Problem) -> Any:
-    """Return a posterior whose factors have the ranks that a real one's have.
-
-    A sketch keeps no more eigenpairs than it has seen examples, and with few of them prediction
-    and decomposition would be cheaper than they are.
-    """
-    sketched = problem.longest > DENSE_UP_TO and problem.device.type != "meta"
-    batches = math.ceil(2 * DEFAULT_RANK / problem.workload.batch) if sketched else 1
-    la = construct(problem, backend_kwargs={"stochastic": True})
-    la.fit(problem.loader(batches))
+    """Return a posterior fitted to one batch; what it costs does not depend on the data."""
+    la = construct(problem)
+    la.fit(problem.loader(1))
     return la
+
+
+def streamed(problem: Problem) -> Any:
+    """Return the factors of one batch as `fit` has them before it decomposes them."""
+    la, batch = construct(problem), problem.batch
+    factors = la._empty_curvature()
+    with la._borrowed():
+        la._fit_batch(factors, batch, batch["labels"])
+    return factors
 
 
 def _fit(stochastic: bool) -> Callable[[Problem], Operation]:
@@ -171,16 +173,18 @@ def _fit(stochastic: bool) -> Callable[[Problem], Operation]:
 
 
 def _decompose(problem: Problem) -> Operation:
-    return Operation(fitted(problem).H_facs.decompose)
+    factors = streamed(problem)
+    # Of a copy, as the eigenpairs take the factors' place; copying takes a hundredth of it.
+    return Operation(lambda: copy.deepcopy(factors).decompose())
 
 
 def _construct(problem: Problem) -> Operation:
-    """From a saved state, so that the factors are real ones; its copy counts."""
-    state = fitted(problem).state_dict()
+    """All that a posterior holds: its factors, and then their eigenpairs."""
+    factors = streamed(problem)
 
     def run() -> Any:
         la = construct(problem)
-        la.load_state_dict(copy.deepcopy(state))
+        la._set_curvature(copy.deepcopy(factors), merge=False)
         return la
 
     return Operation(run)

@@ -151,8 +151,7 @@ def notes(facts: dict[str, Any], workload: dict[str, Any]) -> str:
         lines += [
             "Bytes of tensors alive at once, counted operation by operation; what a kernel frees "
             "before it returns is not seen, and attention keeps what the fused kernel keeps. "
-            "Construct's peak includes the saved state it is made from; beyond the model it does "
-            "not."
+            "Construct's peak includes the factors it copies; beyond the model it does not."
         ]
     else:
         lines += [
