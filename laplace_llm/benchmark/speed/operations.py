@@ -1,4 +1,4 @@
-"""Our rows: what each one runs, and the plain torch that nothing can be faster than."""
+"""Our rows: what each one sets up and runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import laplace_llm  # noqa: F401  # registers subset_of_weights="lora"
+from laplace_llm.benchmark.speed.floors import forwards, sweep
 from laplace_llm.benchmark.speed.presets import Problem
 from laplace_llm.kernel import training_space
 from laplace_llm.links import quasi_monte_carlo
@@ -75,34 +76,6 @@ class Row:
     who: str = "laplace_llm"
     choices: int | None = None
     on_meta: bool = False
-
-
-# Floors -------------------------------------------------------------------------------------------
-
-
-def sweep(problem: Problem, backwards: int) -> tuple[Callable[[], None], str]:
-    """Return one forward and so many backward passes to the LoRA parameters, and their name."""
-    head, batch, parameters = problem.head, problem.batch, problem.parameters
-
-    def run() -> None:
-        logits = head(batch)
-        for index in range(backwards):
-            seeds = torch.zeros_like(logits)
-            seeds[:, index % seeds.shape[1]] = 1
-            torch.autograd.grad(logits, parameters, seeds, retain_graph=index < backwards - 1)
-
-    return run, f"forward + {backwards} backward"
-
-
-def forwards(problem: Problem, count: int) -> tuple[Callable[[], None], str]:
-    """Return so many forward passes without a graph, and their name."""
-
-    @torch.no_grad()
-    def run() -> None:
-        for _ in range(count):
-            problem.head(problem.batch)
-
-    return run, f"{count} forward"
 
 
 # The model alone ----------------------------------------------------------------------------------

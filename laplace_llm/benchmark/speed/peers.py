@@ -11,14 +11,13 @@ from laplace import Laplace
 from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_llm.benchmark.speed.floors import forwards, sweep
 from laplace_llm.benchmark.speed.operations import (
     NN_SAMPLES,
     VALIDATION_BATCHES,
     Operation,
     Row,
-    forwards,
     marglik,
-    sweep,
 )
 from laplace_llm.benchmark.speed.presets import Problem
 
