@@ -18,7 +18,7 @@ from laplace_llm.errors import OptionError
 
 DEFAULT_RANK = 64
 # Bytes of double-precision temporaries in an eigendecomposition of several sketches at once.
-WORKSPACE_BYTES = 16 * 2**20
+WORKSPACE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)

@@ -752,6 +752,7 @@ def test_slicing_a_batch_changes_nothing(case, monkeypatch):
         whole = moments(x)
         with monkeypatch.context() as patch:
             patch.setattr("laplace_llm.moments.JACOBIAN_BYTES", 1)
+            patch.setattr("laplace_llm.moments.JACOBIAN_SHARE", 0)
             sliced = moments(x)
         for left, right in zip(sliced, whole, strict=True):
             torch.testing.assert_close(left, right, **EXACT)
@@ -770,6 +771,7 @@ def test_prediction_and_gridsearch_never_build_the_jacobian_of_a_batch(case, mon
 
     limit = 2 * 3 * la.n_params * 8 + 1  # two rows of three outputs in float64
     monkeypatch.setattr("laplace_llm.moments.JACOBIAN_BYTES", limit)
+    monkeypatch.setattr("laplace_llm.moments.JACOBIAN_SHARE", 0)
     monkeypatch.setattr(la._streaming, "jacobian_blocks", watched)
     la(select(batch, slice(0, 5)))
     assert sizes == [2, 2, 1]
