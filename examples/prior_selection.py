@@ -297,7 +297,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "low-rank GGN, 32": {"structure": "lowrank", "max_rank": 32},
     "kron (default)": {"structure": "kron"},
     "kron, B only": {"structure": "kron", "tensors": "B"},
-    "kron, rank 64": {"structure": "kron", "backend_kwargs": {"rank": 64}},
+    "kron, exact sides": {"structure": "kron", "backend_kwargs": {"rank": 512}},
     "kron, rank 10": {"structure": "kron", "backend_kwargs": {"rank": 10}},
     "kron, expand": {"structure": "kron", "backend_kwargs": {"kfac_approx": "expand"}},
     "kron, Monte-Carlo": {"structure": "kron", "backend_kwargs": {"stochastic": True}},

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from models import HEADS, inputs_of, letter_batch, letter_head, mlp_batch, tiny_mlp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from laplace_llm import KronLoraLaplace, StreamingGGN
 from laplace_llm.links import mean_field, quasi_monte_carlo
@@ -142,3 +144,36 @@ def test_jacobians_along_directions(directions):
     assert torch.equal(outputs, same)
     for block, expected in zip(some, whole, strict=True):
         torch.testing.assert_close(block, torch.einsum("bcp,ck->bkp", expected, basis), **EXACT)
+
+
+class Shapes(TorchDispatchMode):
+    """Keeps the shapes of all results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen += [t.shape for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_no_square_of_a_wide_side_is_ever_made(rank):
+    width = 160  # of the hidden layer; the base weights are 4 x 160 and 160 x 3
+    model, (x, y) = tiny_mlp(hidden=width), mlp_batch(6)
+    with Shapes() as shapes:
+        la = KronLoraLaplace(model, "classification", backend_kwargs={"rank": rank})
+        la.fit([(x, y)])
+        la.fit([(x, y)], override=False)
+        la.optimize_prior_precision()
+        la.optimize_prior_precision(val_loader=[(x, y)])
+        la.optimize_prior_precision(method="marglik", n_steps=2)
+        la(x)
+        la(x, link_approx="probit")
+        la.sample(2)
+        la.load_state_dict(la.state_dict())
+    assert any(max(shape[-2:], default=0) >= width for shape in shapes.seen)
+    squares = [shape for shape in shapes.seen if len(shape) > 1 and min(shape[-2:]) >= width]
+    assert not squares

@@ -21,9 +21,9 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
     """Kronecker-factored Laplace over LoRA weights, ``("lora", "kron")``; the default.
 
     The posterior precision of each LoRA tensor is ``B (x) A + delta``, with an exact r x r factor
-    and a d x d one that is exact up to d = 1,024 and low-rank beyond (see `StreamingInterface`
-    and `laplace_llm.sketch`). Source: Yang et al., *Bayesian Low-rank Adaptation for Large
-    Language Models*, ICLR 2024.
+    and a d x d one that is exact up to d = 128 and low-rank beyond (``backend_kwargs={"rank":
+    ...}``, see `StreamingInterface` and `laplace_llm.sketch`). Source: Yang et al., *Bayesian
+    Low-rank Adaptation for Large Language Models*, ICLR 2024.
 
     Parameters
     ----------
