@@ -308,7 +308,7 @@ def test_an_error_after_marglik_changes_nothing(stage, monkeypatch):
     la = fitted()
     model = snapshot(la.model)
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
     name = "_warn_if_unsure" if stage == "sample" else "_glm_predictive_distribution"
