@@ -115,11 +115,7 @@ class Posteriors:
             return -probs.gather(1, labels[:, None]).clamp_min(1e-30).log().mean()
 
         if choice.rule == "val_grad":
-            la.enable_backprop = True
-            try:
-                return descend(NODES, moments.covariance[:, None], loss)
-            finally:
-                la.enable_backprop = False
+            return descend(NODES, moments.covariance[:, None], loss)
         losses = torch.stack([loss(covariance) for covariance in moments.covariance])
         return GRID[int(losses.nan_to_num(torch.inf).argmin())]
 

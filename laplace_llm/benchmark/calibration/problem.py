@@ -58,6 +58,8 @@ class Problem:
         Names of the methods that are to run on this problem.
     folder : Path, optional
         Where to keep what is worth keeping between runs.
+    train_seconds : float
+        That training the adapter took.
     """
 
     task: str
@@ -73,6 +75,7 @@ class Problem:
     charged_memory: int = 0
     planned: frozenset[str] = frozenset()
     folder: Path | None = None
+    train_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)

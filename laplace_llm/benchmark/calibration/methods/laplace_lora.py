@@ -1,4 +1,4 @@
-"""This package's methods: every structure, by rule of the prior precision and by link."""
+"""Laplace-LoRA, the package's own: every structure, by rule of the prior precision and by link."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from laplace_llm.structures import STRUCTURES
 MAX_DENSE = 5_000  # weights of which all pairs are kept
 LOW_RANK = 64
 RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
-DEFAULT = "Laplace-LoRA kron, loo"
+DEFAULT, GRID_SEARCH = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, gridsearch"
 
 _choices: dict[str, Choice] = {}
 

@@ -33,7 +33,10 @@ class MAP(Method):
 
 @register
 class TemperatureScaling(MAP):
-    """Logits divided by one number; Guo et al., *On Calibration of Modern Neural Networks*, 2017."""
+    """Logits divided by one number.
+
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017.
+    """
 
     name = "temperature scaling"
     tuned = True
