@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from laplace_llm.errors import DataError
@@ -82,7 +82,9 @@ HUB: dict[str, Source] = {
 }  # fmt: skip
 
 
-def rows_from_hub(name: str, split: str, load: Callable[..., Any] | None = None) -> list[Row]:
+def rows_from_hub(
+    name: str, split: str, load_dataset: Callable[..., Any] | None = None
+) -> list[Row]:
     """Return a task's rows from the Hub.
 
     Parameters
@@ -90,19 +92,17 @@ def rows_from_hub(name: str, split: str, load: Callable[..., Any] | None = None)
     name : str
         One of `HUB`.
     split : {'train', 'test'}
-    load : Callable, optional
-        In place of ``datasets.load_dataset``.
+    load_dataset : Callable, optional
+        In place of that of `datasets`.
 
     Raises
     ------
     DataError
         If `datasets` is not installed, or the Hub does not give the data.
     """
-    if load is None:
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.environ.get("HF_DATASETS_CACHE"):
-            raise DataError(f"Expected {name!r} from the Hub, but HF_HUB_OFFLINE=1.")
+    if load_dataset is None:
         try:
-            from datasets import load_dataset as load
+            load_dataset = import_module("datasets").load_dataset
         except ImportError:
             raise DataError(
                 f"Expected {name!r} in --data-dir, or pip install datasets to have it from the Hub."
@@ -110,7 +110,7 @@ def rows_from_hub(name: str, split: str, load: Callable[..., Any] | None = None)
     source = HUB[name]
     wanted = source.test if split == "test" else split
     try:
-        parts = [load(source.dataset, config, split=wanted) for config in source.configs]
+        parts = [load_dataset(source.dataset, config, split=wanted) for config in source.configs]
     except Exception as error:  # of many kinds: no network, no such data set, no permission
         raise DataError(
             f"Expected {source.dataset!r} from the Hub, but it did not come "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Posteriors:
             with self.problem.aside():
                 members = {}
                 for variant in [choice.variant, *users]:
-                    la = _or_none(lambda variant=variant: self.fitted(variant))
+                    la = _or_none(partial(self.fitted, variant))
                     if la is not None:
                         members[variant] = Member(la, grid)
                 parts |= shared_pass(members, self.problem.val, self.problem.meter)
@@ -155,7 +156,7 @@ class Posteriors:
     def _all_members(self, first: Choice) -> dict[Variant, dict[Choice, Tensor]]:
         members: dict[Variant, dict[Choice, Tensor]] = {}
         for choice in [first, *self.planned.values()]:
-            value = _or_none(lambda choice=choice: self.chosen(choice))
+            value = _or_none(partial(self.chosen, choice))
             if value is not None:
                 members.setdefault(choice.variant, {})[choice] = value
         return members

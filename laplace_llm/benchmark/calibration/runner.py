@@ -115,13 +115,16 @@ class Runner:
         if self._model is None:
             self._model = load_model(options.model)
             self._model[0].requires_grad_(False)
+        model, tokenizer = self._model
         trainer = Trainer(
-            *self._model, task, rows.train, options.rank, options.targets, options.device
+            model, tokenizer, task, rows.train, options.rank, options.targets, options.device
         )
-        made_of = (options.settings(task)["recipe"], rows.train, options.rank, options.targets)
-        folder = (
-            options.out / "cache" / f"{task.name}-{seed}-{fingerprint(options.model, *made_of)}"
+        chosen = options.settings(task)
+        # The validation questions have a part in what is kept, too: their features.
+        made_of = fingerprint(
+            *(chosen[key] for key in ("model", "recipe", "rank", "targets")), rows.train, rows.val
         )
+        folder = options.out / "cache" / f"{task.name}-{seed}-{made_of}"
         adapter = trainer.cached(folder / "adapter.safetensors", seed)
         problem = Problem(
             task=task.name,

@@ -130,7 +130,7 @@ class Trainer:
         make = optimizer or (lambda params, lr: torch.optim.AdamW(params, lr=lr))
         steps = make(parameters, self.task.lr)
         generator = torch.Generator().manual_seed(seed)
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             list(self.rows),  # type: ignore[arg-type]
             self.batch_size,
             shuffle=True,
