@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,16 @@ def paired_bootstrap(first: Tensor, second: Tensor, n_samples: int = 4000) -> Di
     """
     difference = (first - second).double()
     seeds, questions = difference.shape
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(n_samples):
-        rows = torch.randint(seeds, (seeds,), generator=generator)
-        columns = torch.randint(questions, (questions,), generator=generator)
-        means.append(difference[rows].mean(0)[columns].mean())
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
+    by_seed = _weights(n_samples, seeds, 0) @ difference  # (samples, N)
+    means = (by_seed * _weights(n_samples, questions, 1)).sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
     return Difference(float(difference.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=16)
+def _weights(n_samples: int, size: int, seed: int) -> Tensor:
+    """Return (n_samples, size): how often each entry is drawn, as a share of all draws."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(size, (n_samples, size), generator=generator)
+    counts = torch.zeros(n_samples, size, dtype=torch.double)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts)) / size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from laplace_llm.errors import LaplaceLLMError
 COMMAND = "python -m laplace_llm.benchmark calibration"
 FULL: dict[str, Any] = {"train": 150, "val": 50, "test": 500, "seeds": [0, 1, 2]}
 QUICK: dict[str, Any] = {"train": 80, "val": 30, "test": 80, "seeds": [0]}
+# What libraries say of each other, in the middle of the progress bar.
+NOISE = (
+    ".is_gradient_checkpointing. is deprecated",
+    "Using a non-full backward hook",
+    ".torch.jit.script. is deprecated",
+)
 TASKS = ("trec", "sst2", "arc-easy", "openbookqa")
 
 
@@ -31,6 +38,13 @@ def main(arguments: list[str]) -> None:
     """Run the benchmark and write its report."""
     parser = make_parser()
     args = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        _main(parser, args, arguments)
+
+
+def _main(parser: argparse.ArgumentParser, args: argparse.Namespace, arguments: list[str]) -> None:
     try:
         for path in args.plugin:
             load_plugin(path)

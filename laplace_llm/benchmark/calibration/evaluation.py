@@ -102,8 +102,20 @@ def _evaluate(
         "forward_passes": float(method.forward_passes),
         "train_seconds": problem.train_seconds,
     }
-    if problem.val and coverage.available():
-        run.coverage = coverage.coverage(predictions(method, problem.val), own)
+    if problem.val:
+        _cover(run, method, problem, own)
+
+
+def _cover(run: Run, method: Method, problem: Problem, own: Answers) -> None:
+    if lacking := coverage.lacking():
+        run.coverage_reason = f"pip install {lacking}"
+        return
+    with problem.aside():
+        validation = predictions(method, problem.val)
+    try:
+        run.coverage = coverage.coverage(validation, own)
+    except ValueError as error:
+        run.coverage_reason = str(error)
 
 
 @dataclass

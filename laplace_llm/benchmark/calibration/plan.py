@@ -11,6 +11,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from laplace_llm.benchmark.calibration.method import Method, registered
 from laplace_llm.benchmark.calibration.methods.point import MAP_NAME
 from laplace_llm.benchmark.calibration.results import PROTOCOLS, Key
@@ -47,7 +49,15 @@ class Options:
         """Return what makes a run another one, as it comes back from a file."""
         names = ("model", "train", "val", "test", "rank", "targets")
         chosen = {name: getattr(self, name) for name in names} | {"recipe": asdict(task)}
-        return json.loads(json.dumps(chosen))
+        # Costs are part of a result, so another device makes another run.
+        return json.loads(json.dumps(chosen | {"device": hardware(self.device)}))
+
+
+def hardware(device: str) -> str:
+    """Return a device's name: of the GPU, or 'cpu'."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device
 
 
 def load_plugin(path: Path) -> None:

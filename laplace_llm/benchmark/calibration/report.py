@@ -80,7 +80,7 @@ def setup(runs: list[Run], command: str) -> list[str]:
         f"{settings['model']}, LoRA of rank {settings['rank']} on "
         f"{', '.join(settings['targets'])}; {settings['train'] - settings['val']} training, "
         f"{settings['val']} validation and at most {settings['test']} test questions; seeds "
-        f"{', '.join(map(str, seeds))}."
+        f"{', '.join(map(str, seeds))}; on {settings['device']}."
     )
     return [f"```bash\n{command}\n```", sizes, "; ".join(versions) + "."]
 
@@ -106,7 +106,7 @@ def _sentence(table: dict[str, Row], row: Row, other: Row) -> str:
     words = {
         "lower": f"**{row.method} wins against {other.method}**",
         "higher": f"**{row.method} loses against {other.method}**",
-        "tie": f"{row.method} and {other.method} are not told apart",
+        "tie": f"{row.method} ties with {other.method}",
     }[found.verdict]
     text = (
         f"{words}, the best of the other single-model methods: NLL {mean(row.metric('NLL')):.3f} "
@@ -145,6 +145,9 @@ def section(runs: list[Run], task: str, plots: Iterable[str]) -> list[str]:
     parts += ["### Costs", tables.cost_table(table), COSTS, _training(table)]
     if coverage := tables.coverage_table(table):
         parts += ["### Coverage", coverage, COVERAGE]
+    else:
+        why = {run.coverage_reason for row in table.values() for run in row.runs}
+        parts += ["### Coverage", f"No conformal sets: {'; '.join(sorted(why))}"]
     first = next(iter(table.values())).runs[0]
     for test in first.tests:
         if test != task:

@@ -47,6 +47,8 @@ class Run:
         question's ``nll``, ``confidence``, ``correct``, and so on, as lists.
     coverage : dict
         Of conformal sets, by kind.
+    coverage_reason : str
+        Why there are none.
     costs : dict
         Seconds to fit, milliseconds and passes a question, bytes, numbers kept.
     note : str
@@ -70,6 +72,7 @@ class Run:
     coverage: dict[str, Any] = field(default_factory=dict)
     costs: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    coverage_reason: str = ""
     absent: dict[str, str] = field(default_factory=dict)
 
     @property

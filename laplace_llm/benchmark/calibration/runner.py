@@ -59,7 +59,7 @@ class Runner:
         ]
         total = sum(len(runs) for *_, runs in plan)
         left = [[key for key in runs if key not in done] for *_, runs in plan]
-        with tqdm(total=total, initial=total - sum(map(len, left)), unit="run") as bar:
+        with tqdm(total=total, initial=total - sum(map(len, left)), unit="run", smoothing=0) as bar:
             for (task, seed, protocol, _), pending in zip(plan, left, strict=True):
                 if pending:
                     self._problem(task, seed, protocol, pending, bar)
