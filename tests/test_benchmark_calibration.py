@@ -162,7 +162,7 @@ def test_other_methods_rows_failures_and_other_test_sets(place, tmp_path, regist
     by_name = {key.method: r for key, r in runs.items()}
     assert by_name["always fails"].status == "failed"
     assert "in fit" in by_name["always fails"].traceback
-    assert by_name["lacks a package"].reason == "pip install no-such-package>=1"
+    assert by_name["lacks a package"].reason == 'pip install "no-such-package>=1"'
     assert by_name["on features"].status == "not applicable"
     assert "does not end in a linear layer" in by_name["on features"].reason
     assert "probabilities" in by_name["logits, not probabilities"].reason

@@ -145,6 +145,6 @@ def _list() -> None:
     from laplace_llm.benchmark.calibration.method import missing, registered
 
     for name, method in registered().items():
-        lacking = ", ".join(pip for _, pip in missing(method))
+        lacking = ", ".join(f'"{pip}"' for _, pip in missing(method))
         print(f"{method.group:13} {name}{f'  (pip install {lacking})' if lacking else ''}")
     print("tasks:", " ".join(registered_tasks()))
