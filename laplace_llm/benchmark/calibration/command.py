@@ -25,7 +25,7 @@ from laplace_llm.errors import LaplaceLLMError
 
 COMMAND = "python -m laplace_llm.benchmark calibration"
 FULL: dict[str, Any] = {"train": 150, "val": 50, "test": 500, "seeds": [0, 1, 2]}
-QUICK: dict[str, Any] = {"train": 80, "val": 30, "test": 80, "seeds": [0]}
+QUICK: dict[str, Any] = {"train": 60, "val": 20, "test": 60, "seeds": [0]}
 # What libraries say of each other, in the middle of the progress bar.
 NOISE = (
     ".is_gradient_checkpointing. is deprecated",
