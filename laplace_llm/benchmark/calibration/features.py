@@ -1,17 +1,20 @@
-"""Inputs of the head's last linear layer, and that layer on its own."""
+"""The head's last linear layer on its own, its inputs, and methods that need no more than these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from laplace_llm.benchmark.calibration.method import NotApplicable
-from laplace_llm.causal_heads import MultipleChoiceHead
+from laplace_llm.benchmark.calibration.method import Method, NotApplicable
+from laplace_llm.causal_heads import CausalHead
 from laplace_llm.heads import at_least_float32
+
+if TYPE_CHECKING:
+    from laplace_llm.benchmark.calibration.problem import Problem
 
 
 def last_layer(head: nn.Module) -> nn.Linear:
@@ -60,15 +63,45 @@ class LinearHead(nn.Module):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.layer = deepcopy(last_layer(head)).requires_grad_(True)
-        self._finish: Callable[[Tensor], Tensor] = lambda logits: logits
-        if isinstance(head, MultipleChoiceHead):
-            # What some architectures do to logits; a list hides the model from nn.Module.
-            self._head = [head]
-            self._finish = self._finish_as_head
-
-    def _finish_as_head(self, logits: Tensor) -> Tensor:
-        return self._head[0]._finish(logits)
+        # What some architectures do to logits. A function, so that copies of this module (which
+        # laplace-torch makes) do not copy the language model.
+        self._finish = lambda logits: head._finish(logits) if isinstance(head, CausalHead) else logits
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, C)."""
         return self._finish(at_least_float32(self.layer(features)))
+
+
+class LastLayerMethod(Method):
+    """A method that sees nothing of the model but its last layer and that layer's inputs.
+
+    Subclasses say what to do with features; `Problem.features` has those of the training and
+    validation splits, made once.
+    """
+
+    group: ClassVar[str] = "last layer"
+
+    def fit(self, problem: Problem) -> None:
+        """Fit on the cached features.
+
+        Raises
+        ------
+        NotApplicable
+            If the head does not end in a linear layer.
+        """
+        last_layer(problem.head)
+        self._head = problem.head
+        self.fit_features(problem)
+
+    def predict(self, batch: Any) -> Tensor:
+        """Return probabilities (B, C), or (S, B, C) of S samples."""
+        with torch.no_grad():
+            return self.predict_features(features_of(self._head, batch))
+
+    @abstractmethod
+    def fit_features(self, problem: Problem) -> None:
+        """Do all that comes before the first prediction."""
+
+    @abstractmethod
+    def predict_features(self, features: Tensor) -> Tensor:
+        """Return probabilities (B, C), or (S, B, C) of S samples, given features (B, d)."""
