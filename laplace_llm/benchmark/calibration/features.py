@@ -65,7 +65,9 @@ class LinearHead(nn.Module):
         self.layer = deepcopy(last_layer(head)).requires_grad_(True)
         # What some architectures do to logits. A function, so that copies of this module (which
         # laplace-torch makes) do not copy the language model.
-        self._finish = lambda logits: head._finish(logits) if isinstance(head, CausalHead) else logits
+        self._finish = lambda logits: (
+            head._finish(logits) if isinstance(head, CausalHead) else logits
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, C)."""

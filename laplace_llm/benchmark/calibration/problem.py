@@ -28,13 +28,10 @@ class Problem:
         Labelled batches (mappings with ``labels``), in a fixed order. `val` is the held-out split
         that all tuned methods share.
     train_adapter : Callable
-        ``train_adapter(seed=..., dropout=0.0, optimizer=None, step_context=None, on_step=None)``
-        trains another adapter by the recipe of the first one and returns its head, whose LoRA
-        weights have the names that they have in `head`. ``optimizer(parameters, lr)`` makes
-        another optimizer than AdamW; ``step_context(optimizer)`` is a context manager around each
-        step's forward and backward pass (and ``zero_grad``), outside which comes the step itself;
-        ``on_step(head, step, n_steps)`` is called after every step, the first with ``step=1``.
-        Slow: it is training all over.
+        ``train_adapter(seed=..., dropout=0.0, optimizer=None, on_step=None)`` trains another
+        adapter by the recipe of the first one and returns its head. ``optimizer(parameters, lr)``
+        makes another optimizer than AdamW; ``on_step(head, step, n_steps)`` is called after every
+        step. Slow: it is training all over.
     checkpoints : list[dict[str, Tensor]]
         The adapter's LoRA weights at the end of each epoch of its training, by the names that
         they have in `head`.
