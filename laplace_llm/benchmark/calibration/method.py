@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,15 @@ GROUPS = ("point", "last layer", "LoRA", "LoRA Laplace")
 
 class NotApplicable(Exception):  # not an error: the table shows the reason
     """Raised by `Method.fit` where a method makes no sense on a problem, with the reason."""
+
+
+class Prediction(NamedTuple):
+    """Probabilities (B, C) and, where a method has it by other means than samples, the mutual
+    information (B,) between prediction and weights, in nats.
+    """
+
+    probabilities: Tensor
+    mutual_information: Tensor | None = None
 
 
 class Method(ABC):
@@ -41,6 +50,10 @@ class Method(ABC):
         What it keeps beside the model, in numbers; known after `fit`.
     forward_passes : float
         Passes over the model that a prediction takes, forward and backward; known after `fit`.
+    quick : bool
+        Whether ``--quick`` runs it.
+    note : str
+        A remark for the table of costs, such as the value that tuning chose; known after `fit`.
     """
 
     name: ClassVar[str]
@@ -48,6 +61,8 @@ class Method(ABC):
     tuned: ClassVar[bool] = False
     single_model: ClassVar[bool] = True
     requires: ClassVar[dict[str, str]] = {}
+    quick: ClassVar[bool] = True
+    note: str = ""
     extra_parameters: int = 0
     forward_passes: float = 1
 
@@ -56,10 +71,11 @@ class Method(ABC):
         """Do all that comes before the first prediction."""
 
     @abstractmethod
-    def predict(self, batch: Any) -> Tensor:
+    def predict(self, batch: Any) -> Tensor | Prediction:
         """Return probabilities (B, C), or (S, B, C) of S samples, which are averaged.
 
-        Samples also give the mutual information between prediction and weights.
+        Samples also give the mutual information between prediction and weights; a method that
+        has it without samples returns a `Prediction`.
         """
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from laplace_llm.benchmark.calibration import stored
+from laplace_llm.benchmark.calibration.costs import Cost, Meter
+from laplace_llm.benchmark.calibration.method import NotApplicable
+
+
+class Shared(NamedTuple):
+    """Something that several methods use, and what it took to make."""
+
+    cost: Cost
+    value: Any
 
 
 @dataclass
@@ -26,7 +39,7 @@ class Problem:
         C.
     train, val : list
         Labelled batches (mappings with ``labels``), in a fixed order. `val` is the held-out split
-        that all tuned methods share.
+        that all tuned methods share; empty where the adapter was trained on all data.
     train_adapter : Callable
         ``train_adapter(seed=..., dropout=0.0, optimizer=None, on_step=None)`` trains another
         adapter by the recipe of the first one and returns its head. ``optimizer(parameters, lr)``
@@ -38,7 +51,13 @@ class Problem:
     shared : dict
         What several methods of this problem have computed in common; see `share`.
     charged : float
-        Seconds of shared work that methods were spared.
+        Seconds of shared work that methods were spared, less those of work for others.
+    charged_memory : int
+        Most bytes that shared work took which methods were spared.
+    planned : frozenset[str]
+        Names of the methods that are to run on this problem.
+    folder : Path, optional
+        Where to keep what is worth keeping between runs.
     """
 
     task: str
@@ -49,20 +68,110 @@ class Problem:
     val: list[Any]
     train_adapter: Callable[..., nn.Module]
     checkpoints: list[dict[str, Tensor]]
-    shared: dict[str, tuple[float, Any]] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
     charged: float = 0.0
+    charged_memory: int = 0
+    planned: frozenset[str] = frozenset()
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.head.parameters()), torch.empty(0)).device
 
     def share(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns, made once a problem; its time is charged to every user.
+        """Return what `make` returns, made once a problem; its cost is charged to every user.
 
         `charged` grows by the seconds that the first call took whenever a later one is spared
         them, so that costs are as if each method had done its own work.
         """
         if key in self.shared:
-            seconds, value = self.shared[key]
-            self.charged += seconds
+            cost, value = self.shared[key]
+            self.charge(cost)
             return value
-        start = time.perf_counter()
-        value = make()
-        self.shared[key] = (time.perf_counter() - start, value)
+        charged = self.charged
+        with self.meter.measure() as cost:
+            value = make()
+        cost.seconds += self.charged - charged  # what making it was spared in turn
+        self.shared[key] = Shared(cost, value)
         return value
+
+    def charge(self, cost: Cost) -> None:
+        """Charge the present method with work that it was spared."""
+        self.charged += cost.seconds
+        self.charged_memory = max(self.charged_memory, cost.memory)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Do work for other methods, which the present one is not charged with."""
+        charged, memory = self.charged, self.charged_memory
+        with self.meter.hidden(), self.meter.measure() as cost:
+            yield
+        self.charged, self.charged_memory = charged - cost.seconds, memory
+
+    def features(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return the inputs (N, d) of the head's last linear layer, and the labels (N,).
+
+        Computed once, kept in `folder`, and charged to every user.
+
+        Parameters
+        ----------
+        split : {'train', 'val'}
+
+        Raises
+        ------
+        NotApplicable
+            If the head does not end in a linear layer.
+        """
+        batches = {"train": self.train, "val": self.val}[split]
+        path = None if self.folder is None else self.folder / f"features.{split}.safetensors"
+
+        def make() -> tuple[Tensor, Tensor]:
+            if path is not None and path.exists():
+                tensors, metadata = stored.load(path)
+                self.charged += float(metadata["seconds"])
+                return tensors["features"].to(self.device), tensors["labels"]
+            with self.meter.measure() as cost:
+                rows = [self._batch_features(batch) for batch in batches]
+            features = torch.cat(rows)
+            labels = torch.cat([torch.as_tensor(batch["labels"]) for batch in batches])
+            if path is not None:
+                tensors = {"features": features, "labels": labels}
+                stored.save(path, tensors, {"seconds": str(cost.seconds)})
+            return features, labels
+
+        self._last_layer()
+        return self.share(f"features of {split}", make)
+
+    def batch_features(self, batch: Any) -> Tensor:
+        """Return the features (B, d) of a batch, also one of a test set; see `features`.
+
+        The batch is remembered by its identity, as the runner's batches live as long as this.
+        """
+        self._last_layer()
+        key = f"features of batch {id(batch)}"
+        return self.share(key, lambda: (batch, self._batch_features(batch)))[1]
+
+    @torch.no_grad()
+    def _batch_features(self, batch: Any) -> Tensor:
+        seen: list[Tensor] = []
+        hook = self._last_layer().register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        try:
+            self.head(batch)
+        finally:
+            hook.remove()
+        return seen[-1]
+
+    def _last_layer(self) -> nn.Module:
+        layer = getattr(self.head, "choice_layer", None)
+        if not isinstance(layer, nn.Linear):
+            raise NotApplicable(
+                f"{type(self.head).__name__} does not end in a linear layer from features to "
+                "classes"
+            )
+        return layer

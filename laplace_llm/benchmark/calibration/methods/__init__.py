@@ -1,0 +1,7 @@
+"""The methods, one family a module; every module of this folder is imported by itself."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
