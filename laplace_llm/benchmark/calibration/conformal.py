@@ -90,7 +90,7 @@ def _probabilities_as_they_are(n_classes: int) -> Any:
     """Return what scikit-learn calls a fitted classifier, whose inputs are its probabilities."""
     from sklearn.base import BaseEstimator, ClassifierMixin
 
-    class Identity(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    class Identity(ClassifierMixin, BaseEstimator):
         classes_ = np.arange(n_classes)
         n_features_in_ = n_classes
 

@@ -1,4 +1,4 @@
-"""The head's last linear layer on its own, its inputs, and methods that need no more than these."""
+"""The head's last linear layer on its own, and methods that need no more than that."""
 
 from __future__ import annotations
 
@@ -33,24 +33,6 @@ def last_layer(head: nn.Module) -> nn.Linear:
     return layer
 
 
-@torch.no_grad()
-def features_of(head: nn.Module, batch: Any) -> Tensor:
-    """Return the inputs (B, d) of the head's last linear layer, in its precision.
-
-    Raises
-    ------
-    NotApplicable
-        See `last_layer`.
-    """
-    seen: list[Tensor] = []
-    hook = last_layer(head).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        head(batch)
-    finally:
-        hook.remove()
-    return seen[-1]
-
-
 class LinearHead(nn.Module):
     """A trainable copy of the head's last layer: features (B, d) in, the head's logits (B, C) out.
 
@@ -77,8 +59,7 @@ class LinearHead(nn.Module):
 class LastLayerMethod(Method):
     """A method that sees nothing of the model but its last layer and that layer's inputs.
 
-    Subclasses say what to do with features; `Problem.features` has those of the training and
-    validation splits, made once.
+    Subclasses say what to do with features, which the problem makes once for all such methods.
     """
 
     group: ClassVar[str] = "last layer"
@@ -92,13 +73,13 @@ class LastLayerMethod(Method):
             If the head does not end in a linear layer.
         """
         last_layer(problem.head)
-        self._head = problem.head
+        self._problem = problem
         self.fit_features(problem)
 
+    @torch.no_grad()
     def predict(self, batch: Any) -> Tensor:
         """Return probabilities (B, C), or (S, B, C) of S samples."""
-        with torch.no_grad():
-            return self.predict_features(features_of(self._head, batch))
+        return self.predict_features(self._problem.batch_features(batch))
 
     @abstractmethod
     def fit_features(self, problem: Problem) -> None:
@@ -107,3 +88,9 @@ class LastLayerMethod(Method):
     @abstractmethod
     def predict_features(self, features: Tensor) -> Tensor:
         """Return probabilities (B, C), or (S, B, C) of S samples, given features (B, d)."""
+
+
+def labelled_features(problem: Problem, split: str) -> tuple[Tensor, Tensor]:
+    """Return the features (N, d) and labels (N,) of 'train' or 'val', on the same device."""
+    features, labels = problem.features(split)
+    return features, labels.to(features.device)

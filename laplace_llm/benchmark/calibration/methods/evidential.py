@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
-from laplace_llm.benchmark.calibration.features import LastLayerMethod
+from laplace_llm.benchmark.calibration.features import LastLayerMethod, labelled_features
 from laplace_llm.benchmark.calibration.linear import Standardize, train_layer
 from laplace_llm.benchmark.calibration.method import register
 
@@ -32,7 +32,7 @@ class Evidential(LastLayerMethod):
 
     def fit_features(self, problem: Problem) -> None:
         """Train the layer."""
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._standardize = Standardize(features)
         self._layer = nn.Linear(features.shape[1], problem.n_classes, device="meta")
         self._layer = self._layer.to_empty(device=features.device).to(features.dtype)

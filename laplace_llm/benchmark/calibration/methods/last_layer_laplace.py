@@ -15,7 +15,11 @@ from laplace import Laplace
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_llm.benchmark.calibration.features import LastLayerMethod, LinearHead
+from laplace_llm.benchmark.calibration.features import (
+    LastLayerMethod,
+    LinearHead,
+    labelled_features,
+)
 from laplace_llm.benchmark.calibration.method import NotApplicable, register
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ class LastLayerLaplace(LastLayerMethod):
         NotApplicable
             If the full Hessian would not fit in memory.
         """
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         model = LinearHead(problem.head).eval()
         n_weights = sum(p.numel() for p in model.parameters())
         if self.structure == "full" and n_weights > self.max_size:
@@ -79,7 +83,7 @@ class LastLayerLaplace(LastLayerMethod):
             self._la.fit(self._loader(features, labels))
             validation = None
             if self.rule == "gridsearch":
-                validation = self._loader(*problem.features("val"))
+                validation = self._loader(*labelled_features(problem, "val"))
             self._la.optimize_prior_precision(
                 pred_type=self._pred_type, method=self.rule, val_loader=validation
             )

@@ -10,7 +10,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
-from laplace_llm.benchmark.calibration.features import LastLayerMethod, LinearHead
+from laplace_llm.benchmark.calibration.features import (
+    LastLayerMethod,
+    LinearHead,
+    labelled_features,
+)
 from laplace_llm.benchmark.calibration.linear import Standardize, seeded, train_layer
 from laplace_llm.benchmark.calibration.method import register
 from laplace_llm.benchmark.calibration.swag import SwagMoments
@@ -33,7 +37,7 @@ class LastLayerSWAG(LastLayerMethod):
 
     def fit_features(self, problem: Problem) -> None:
         """Collect the moments of the iterates, and draw layers from their Gaussian."""
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._model = LinearHead(problem.head)
         lr = 1 / float(features.square().sum(1).mean())
         moments = SwagMoments()
@@ -81,7 +85,7 @@ class LastLayerDropout(LastLayerMethod):
 
     def fit_features(self, problem: Problem) -> None:
         """Train the layer on with dropout."""
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._seed = problem.seed
         self._model = LinearHead(problem.head)
         train_layer(
@@ -116,7 +120,7 @@ class LastLayerEnsemble(LastLayerMethod):
 
     def fit_features(self, problem: Problem) -> None:
         """Train the members."""
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._standardize = Standardize(features)
         x = self._standardize(features)
         self._members = [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -105,7 +104,7 @@ class DeepEnsemble(AdapterEnsemble):
 class LoraSWAG(AdapterEnsemble):
     """SWAG (Maddox et al., NeurIPS 2019) over the LoRA weights, as SWAG-LoRA (Onal et al., 2024).
 
-    Iterates of the second half of another training by the same recipe, at most twenty of them.
+    About twenty iterates of the second half of another training by the same recipe.
     """
 
     name = "SWAG over LoRA"
@@ -119,7 +118,7 @@ class LoraSWAG(AdapterEnsemble):
 
         def collect(head: nn.Module, step: int, n_steps: int) -> None:
             every = max(1, n_steps // 2 // self.n_iterates)
-            if 2 * step > n_steps and (n_steps - step) % every == 0:
+            if 2 * step >= n_steps and (n_steps - step) % every == 0:
                 moments.collect(flatten(lora_weights(head)))
 
         head = problem.train_adapter(seed=problem.seed, on_step=collect)
@@ -158,10 +157,9 @@ class IVON(AdapterEnsemble):
             made.append(ivon.IVON(parameters, lr * self.lr_factor, **self.options))
             return made[-1]
 
-        def sampled(optimizer: Any) -> AbstractContextManager[None]:
-            return optimizer.sampled_params(train=True)
-
-        head = problem.train_adapter(seed=problem.seed, optimizer=optimizer, step_context=sampled)
+        # The training loop draws weights around each gradient with the optimizer's own
+        # `sampled_params`.
+        head = problem.train_adapter(seed=problem.seed, optimizer=optimizer)
         samples = []
         with seeded(problem.seed, next(head.parameters()).device):
             for _ in range(self.n_samples):

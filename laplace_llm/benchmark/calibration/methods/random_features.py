@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_llm.benchmark.calibration.features import LastLayerMethod
+from laplace_llm.benchmark.calibration.features import LastLayerMethod, labelled_features
 from laplace_llm.benchmark.calibration.linear import Standardize
 from laplace_llm.benchmark.calibration.method import register
 
@@ -36,7 +36,7 @@ class RandomFeatureGP(LastLayerMethod):
 
     def fit_features(self, problem: Problem) -> None:
         """Draw the features, and fit one posterior for each prior precision."""
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._standardize = Standardize(features.double())
         x = self._standardize(features.double())
         width, n = x.shape[1], self.n_features
@@ -47,7 +47,7 @@ class RandomFeatureGP(LastLayerMethod):
         self._frequencies = frequencies.to(x.device) / torch.pdist(some).median().clamp_min(1e-6)
         self._phases = phases.to(x.device)
         phi = self.random_features(features)
-        val_features, val_labels = problem.features("val")
+        val_features, val_labels = labelled_features(problem, "val")
         best = math.inf
         start = torch.zeros(n, problem.n_classes, dtype=phi.dtype, device=phi.device)
         # From strong to weak, each from the last one's solution.
@@ -93,7 +93,7 @@ def map_weights(phi: Tensor, labels: Tensor, precision: float, start: Tensor) ->
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return weights.detach()
 
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_llm.benchmark.calibration.features import LastLayerMethod, last_layer
+from laplace_llm.benchmark.calibration.features import (
+    LastLayerMethod,
+    labelled_features,
+    last_layer,
+)
 from laplace_llm.benchmark.calibration.linear import seeded, train_layer
 from laplace_llm.benchmark.calibration.method import register
 
@@ -37,7 +41,7 @@ class VBLL(LastLayerMethod):
         """Train the variational layer."""
         from vbll import DiscClassification
 
-        features, labels = problem.features("train")
+        features, labels = labelled_features(problem, "train")
         self._seed = problem.seed
         weight = last_layer(problem.head).weight.detach()
         # On the CPU: the package makes tensors there whatever the device of its inputs.
