@@ -63,7 +63,7 @@ class LastLayerLaplace(LastLayerMethod):
             raise NotApplicable(
                 f"the full Hessian of {n_weights} weights takes {4e-9 * n_weights**2:.0f} GB"
             )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"last_layer_name": "layer"}
         if self.structure == "gp":
             # The kernel over all training points and classes is dense.
             options["n_subset"] = min(len(features), self.max_gp_size // problem.n_classes)
