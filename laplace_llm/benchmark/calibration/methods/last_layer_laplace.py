@@ -8,6 +8,8 @@ are laplace-torch's defaults: scalar prior precision, 100 grid points, probit pr
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +22,7 @@ from laplace_llm.benchmark.calibration.features import (
     LinearHead,
     labelled_features,
 )
+from laplace_llm.benchmark.calibration.linear import seeded
 from laplace_llm.benchmark.calibration.method import NotApplicable, register
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class LastLayerLaplace(LastLayerMethod):
             If the full Hessian would not fit in memory.
         """
         features, labels = labelled_features(problem, "train")
+        self._seed, self._device = problem.seed, features.device
         model = LinearHead(problem.head).eval()
         n_weights = sum(p.numel() for p in model.parameters())
         if self.structure == "full" and n_weights > self.max_size:
@@ -76,10 +80,7 @@ class LastLayerLaplace(LastLayerMethod):
             hessian_structure=self.structure,
             **options,
         )
-        with warnings.catch_warnings():
-            # On the link (its default is the one used), on marglik with a functional posterior,
-            # and on recomputing that one.
-            warnings.simplefilter("ignore")
+        with self._quiet():
             self._la.fit(self._loader(features, labels))
             validation = None
             if self.rule == "gridsearch":
@@ -97,9 +98,19 @@ class LastLayerLaplace(LastLayerMethod):
 
     def predict_features(self, features: Tensor) -> Tensor:
         """Return the probit predictive (B, C)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with self._quiet():
             return self._la(features, pred_type=self._pred_type, link_approx="probit").detach()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Leave the global random state, which data loaders draw from, and ignore warnings.
+
+        These are on the link (its default is the one used), on marglik with a functional posterior
+        and on recomputing that one.
+        """
+        with warnings.catch_warnings(), seeded(self._seed, self._device):
+            warnings.simplefilter("ignore")
+            yield
 
     def _loader(self, features: Tensor, labels: Tensor) -> DataLoader[Any]:
         return DataLoader(TensorDataset(features, labels), batch_size=self.batch_size)

@@ -37,19 +37,11 @@ class RandomFeatureGP(LastLayerMethod):
     def fit_features(self, problem: Problem) -> None:
         """Draw the features, and fit one posterior for each prior precision."""
         features, labels = labelled_features(problem, "train")
-        self._standardize = Standardize(features.double())
-        x = self._standardize(features.double())
-        width, n = x.shape[1], self.n_features
-        generator = torch.Generator().manual_seed(problem.seed)
-        frequencies = torch.randn(width, n, generator=generator, dtype=torch.float64)
-        phases = 2 * math.pi * torch.rand(n, generator=generator, dtype=torch.float64)
-        some = x[torch.randperm(len(x), generator=generator)[:1000].to(x.device)]
-        self._frequencies = frequencies.to(x.device) / torch.pdist(some).median().clamp_min(1e-6)
-        self._phases = phases.to(x.device)
+        self.draw(features, problem.seed)
         phi = self.random_features(features)
         val_features, val_labels = labelled_features(problem, "val")
         best = math.inf
-        start = torch.zeros(n, problem.n_classes, dtype=phi.dtype, device=phi.device)
+        start = torch.zeros(self.n_features, problem.n_classes, dtype=phi.dtype, device=phi.device)
         # From strong to weak, each from the last one's solution.
         for precision in sorted(self.grid, reverse=True):
             start = map_weights(phi, labels, precision, start)
@@ -60,12 +52,27 @@ class RandomFeatureGP(LastLayerMethod):
                 best, self.precision = nll, precision
                 self._weights, self._factors = start, factors
         self.extra_parameters = (
-            self._frequencies.numel() + n + self._weights.numel() + self._factors.numel()
+            self._frequencies.numel()
+            + self._phases.numel()
+            + self._weights.numel()
+            + self._factors.numel()
         )
 
     def predict_features(self, features: Tensor) -> Tensor:
         """Return softmax of the mean-field logits (B, C)."""
         return self._probs(features, self._weights, self._factors).to(features.dtype)
+
+    def draw(self, features: Tensor, seed: int) -> None:
+        """Draw the random features for a training split (N, d)."""
+        self._standardize = Standardize(features.double())
+        x = self._standardize(features.double())
+        generator = torch.Generator().manual_seed(seed)
+        size = (x.shape[1], self.n_features)
+        frequencies = torch.randn(size, generator=generator, dtype=torch.float64)
+        phases = 2 * math.pi * torch.rand(size[1], generator=generator, dtype=torch.float64)
+        some = x[torch.randperm(len(x), generator=generator)[:1000].to(x.device)]
+        self._frequencies = frequencies.to(x.device) / torch.pdist(some).median().clamp_min(1e-6)
+        self._phases = phases.to(x.device)
 
     def random_features(self, features: Tensor) -> Tensor:
         """Return (B, D), whose inner products approximate the kernel."""
