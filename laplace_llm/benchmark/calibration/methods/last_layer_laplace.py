@@ -129,6 +129,8 @@ def _method(structure: str, rule: str) -> type[LastLayerLaplace]:
         "structure": structure,
         "rule": rule,
         "tuned": rule == "gridsearch",
+        # A decomposition of all C d rows for each of 100 steps or grid points: minutes on a CPU.
+        "quick": structure != "full",
     }
     return type(f"LastLayerLaplace_{structure}_{rule}", (LastLayerLaplace,), attributes)
 
