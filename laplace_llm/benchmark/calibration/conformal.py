@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-REQUIRES = {"mapie": "mapie>=1.2"}
+REQUIRES = {"mapie": "mapie>=1.6"}
 METHODS = ("THR", "APS")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +96,8 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
-            try:
+            with suppress(OSError):  # not allowed here: the peak is then the whole process's
                 _CLEAR.write_text("5")
-            except OSError:  # not allowed here: the peak is then one of the whole process
-                pass
 
 
 def _from_status(key: str) -> int:

@@ -20,8 +20,14 @@ class NotApplicable(Exception):  # not an error: the table shows the reason
 
 
 class Prediction(NamedTuple):
-    """Probabilities (B, C) and, where a method has it by other means than samples, the mutual
-    information (B,) between prediction and weights, in nats.
+    """What `Method.predict` may return in place of probabilities alone.
+
+    Attributes
+    ----------
+    probabilities : Tensor
+        (B, C).
+    mutual_information : Tensor, optional
+        (B,) between prediction and weights, in nats.
     """
 
     probabilities: Tensor

@@ -59,6 +59,8 @@ class Problem:
         Names of the methods that are to run on this problem.
     folder : Path, optional
         Where to keep what is worth keeping between runs.
+    train_seconds : float
+        That training the adapter took.
     """
 
     task: str
@@ -74,6 +76,7 @@ class Problem:
     charged_memory: int = 0
     planned: frozenset[str] = frozenset()
     folder: Path | None = None
+    train_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.device)
@@ -93,10 +96,13 @@ class Problem:
             cost, value = self.shared[key]
             self.charge(cost)
             return value
-        charged = self.charged
+        charged, memory, self.charged_memory = self.charged, self.charged_memory, 0
         with self.meter.measure() as cost:
             value = make()
-        cost.seconds += self.charged - charged  # what making it was spared in turn
+        # What making it was spared in turn.
+        cost.seconds += self.charged - charged
+        cost.memory = max(cost.memory, self.charged_memory)
+        self.charged_memory = max(memory, self.charged_memory)
         self.shared[key] = Shared(cost, value)
         return value
 
@@ -106,12 +112,15 @@ class Problem:
         self.charged_memory = max(self.charged_memory, cost.memory)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Do work for other methods, which the present one is not charged with."""
+    def aside(self) -> Iterator[Cost]:
+        """Do work that the present method is not charged with; yields what it takes."""
         charged, memory = self.charged, self.charged_memory
-        with self.meter.hidden(), self.meter.measure() as cost:
-            yield
-        self.charged, self.charged_memory = charged - cost.seconds, memory
+        cost = Cost()
+        try:
+            with self.meter.hidden(), self.meter.measure() as cost:
+                yield cost
+        finally:
+            self.charged, self.charged_memory = charged - cost.seconds, memory
 
     def features(self, split: str) -> tuple[Tensor, Tensor]:
         """Return the inputs (N, d) of the head's last linear layer, and the labels (N,).
