@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from laplace_llm.benchmark.calibration.problem import Problem
 
 STRUCTURES = {"diag": "diag", "kron": "kron", "full": "full", "gp": "functional GP"}
-RULES = {"marglik": "marglik", "gridsearch": "grid search"}
+RULES = ("marglik", "gridsearch")
 
 
 class LastLayerLaplace(LastLayerMethod):
@@ -88,6 +88,7 @@ class LastLayerLaplace(LastLayerMethod):
             self._la.optimize_prior_precision(
                 pred_type=self._pred_type, method=self.rule, val_loader=validation
             )
+        self.note = f"prior precision {float(self.prior_precision):.3g}"
         n_classes, width = model.layer.weight.shape
         self.extra_parameters = {
             "diag": n_weights,
@@ -123,9 +124,9 @@ class LastLayerLaplace(LastLayerMethod):
 
 def _method(structure: str, rule: str) -> type[LastLayerLaplace]:
     attributes = {
-        "__doc__": f"Last-layer Laplace, {STRUCTURES[structure]}, {RULES[rule]}.",
+        "__doc__": f"Last-layer Laplace, {STRUCTURES[structure]}, {rule}.",
         "__module__": __name__,
-        "name": f"last-layer Laplace {STRUCTURES[structure]}, {RULES[rule]}",
+        "name": f"last-layer Laplace {STRUCTURES[structure]}, {rule}",
         "structure": structure,
         "rule": rule,
         "tuned": rule == "gridsearch",

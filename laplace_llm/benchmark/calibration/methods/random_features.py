@@ -51,6 +51,7 @@ class RandomFeatureGP(LastLayerMethod):
             if nll < best:
                 best, self.precision = nll, precision
                 self._weights, self._factors = start, factors
+        self.note = f"prior precision {self.precision:.3g}"
         self.extra_parameters = (
             self._frequencies.numel()
             + self._phases.numel()
