@@ -276,7 +276,7 @@ def loader(batches: list[Any]) -> DataLoader:
 
 def test_full_laplace_says_that_it_is_too_large():
     method = next(m for m in LAPLACE if m.structure == "full")
-    method = type("Little", (method,), {"max_size": 47})
+    method = type("Little", (method,), {"max_size_cpu": 47})
     with pytest.raises(NotApplicable, match="full Hessian of 48 weights"):
         method().fit(problem_of())
 
@@ -560,6 +560,13 @@ def test_conformal_sets_are_the_brute_force_ones():
     result = conformal_sets("THR", probs, labels, test, answers)
     assert result.coverage == pytest.approx(float(sets[torch.arange(80), answers].float().mean()))
     assert result.size == pytest.approx(float(sets.sum(1).float().mean()))
+
+
+def test_conformal_sets_do_without_a_class_among_the_validation_labels():
+    pytest.importorskip("mapie")
+    probs, labels = exchangeable(100, 0)
+    result = conformal_sets("APS", probs[labels > 0], labels[labels > 0], *exchangeable(80, 1))
+    assert 0.7 < result.coverage <= 1
 
 
 @pytest.mark.parametrize(
