@@ -444,8 +444,11 @@ def test_checkpoint_ensemble_is_the_average_of_the_checkpoints():
         head.load_state_dict(checkpoint, strict=False)
         with torch.no_grad():
             expected.append(head(batch).softmax(-1))
-    probs = fitted(CheckpointEnsemble, problem).predict(batch)
-    torch.testing.assert_close(averaged(probs), torch.stack(expected).mean(0))
+    fit = fitted(CheckpointEnsemble, problem)
+    torch.testing.assert_close(averaged(fit.predict(batch)), torch.stack(expected).mean(0))
+    # The last checkpoint is the model's own adapter.
+    adapter = sum(weight.numel() for weight in lora_weights(problem.head).values())
+    assert fit.extra_parameters == 2 * adapter
 
 
 def test_checkpoint_ensemble_needs_checkpoints():

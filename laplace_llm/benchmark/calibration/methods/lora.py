@@ -56,13 +56,16 @@ class AdapterEnsemble(Method):
     def fit(self, problem: Problem) -> None:
         """Gather the members."""
         self._head = problem.head
-        device = next(iter(lora_weights(problem.head).values())).device
+        own = lora_weights(problem.head)
+        device = next(iter(own.values())).device
         self._members = [
             {name: weight.to(device) for name, weight in member.items()}
             for member in self.members(problem)
         ]
         self.forward_passes = len(self._members)
-        self.extra_parameters = sum(w.numel() for m in self._members for w in m.values())
+        # A member with the model's own weights costs none.
+        kept = [m for m in self._members if not all(torch.equal(m[name], own[name]) for name in m)]
+        self.extra_parameters = sum(w.numel() for m in kept for w in m.values())
 
     @torch.no_grad()
     def predict(self, batch: Any) -> Tensor:
