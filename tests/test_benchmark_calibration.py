@@ -111,12 +111,17 @@ def test_a_run_from_end_to_end(place, tmp_path, capsys):
             assert (tmp_path / f"trec.{name}.{ending}").stat().st_size > 1000
     # Everything is done: a second run trains and evaluates nothing, and writes the same.
     lines = (tmp_path / "results.jsonl").read_text()
-    again = run(place, tmp_path, "--tasks", "trec", "--seeds", 0, 1, "--methods", *FEW)
+    again = run(
+        place, tmp_path, "--tasks", "trec", "--seeds", 0, 1, "--methods", *FEW, "--save-predictions"
+    )  # fmt: skip
     assert (tmp_path / "results.jsonl").read_text() == lines
     assert again.keys() == runs.keys()
     (tmp_path / "report.md").unlink()
     command.main(["--report-only", "--out", str(tmp_path)])
-    assert (tmp_path / "report.md").exists()
+    assert (tmp_path / "report.md").read_text().splitlines()[:6] == report.splitlines()[:6]
+    # A smaller plan has a smaller report, whatever else is in the file.
+    run(place, tmp_path, "--tasks", "trec", "--methods", "MAP")
+    assert "temperature" not in (tmp_path / "report.md").read_text()
     assert "Laplace-LoRA kron, loo" in capsys.readouterr().out
 
 
@@ -157,7 +162,7 @@ def test_other_methods_rows_failures_and_other_test_sets(place, tmp_path, regist
     by_name = {key.method: r for key, r in runs.items()}
     assert by_name["always fails"].status == "failed"
     assert "in fit" in by_name["always fails"].traceback
-    assert by_name["lacks a package"].reason == "pip install no-such-package>=1"
+    assert by_name["lacks a package"].reason == 'pip install "no-such-package>=1"'
     assert by_name["on features"].status == "not applicable"
     assert "does not end in a linear layer" in by_name["on features"].reason
     assert "probabilities" in by_name["logits, not probabilities"].reason
@@ -367,20 +372,22 @@ def test_shared_work_is_charged_to_each_user():
 
     problem.share("outer", slow)
     assert problem.charged == 0
+    seconds = {key: shared.cost.seconds for key, shared in problem.shared.items()}
+    assert seconds["inner"] >= 0.05
+    assert seconds["outer"] >= seconds["inner"] + 0.05
     problem.share("inner", slow)
-    assert problem.charged == pytest.approx(0.05, abs=0.03)
+    assert problem.charged == seconds["inner"]
     problem.charged = 0.0
     problem.share("other", lambda: problem.share("inner", slow))
-    problem.share("other", slow)  # which was spared the inner one
-    assert problem.charged == pytest.approx(0.1, abs=0.04)
+    assert problem.charged == seconds["inner"]
+    # Whoever uses the other one is spared the inner one, too.
+    assert problem.shared["other"].cost.seconds >= seconds["inner"]
     problem.charged = 0.0
-    start = time.perf_counter()
     with problem.aside() as cost:
         time.sleep(0.05)
         problem.share("outer", slow)
-    elapsed = time.perf_counter() - start
-    assert cost.seconds == pytest.approx(0.05, abs=0.03)
-    assert problem.charged == pytest.approx(-elapsed, abs=0.01)
+    assert cost.seconds >= 0.05
+    assert problem.charged == -cost.seconds
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured on Linux alone")

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 
 from laplace_llm.benchmark.calibration import methods as _methods  # noqa: F401  # registers them
+from laplace_llm.benchmark.calibration import stored
 from laplace_llm.benchmark.calibration.plan import (
     Options,
     load_plugin,
     select_methods,
     select_tasks,
 )
-from laplace_llm.benchmark.calibration.results import Results
+from laplace_llm.benchmark.calibration.results import Results, Run
 from laplace_llm.benchmark.calibration.tasks import load_rows, registered_tasks
 from laplace_llm.benchmark.models import SMOLLM2
 from laplace_llm.errors import LaplaceLLMError
 
 COMMAND = "python -m laplace_llm.benchmark calibration"
 FULL: dict[str, Any] = {"train": 150, "val": 50, "test": 500, "seeds": [0, 1, 2]}
-QUICK: dict[str, Any] = {"train": 80, "val": 30, "test": 80, "seeds": [0]}
+QUICK: dict[str, Any] = {"train": 60, "val": 20, "test": 60, "seeds": [0]}
 # What libraries say of each other, in the middle of the progress bar.
 NOISE = (
     ".is_gradient_checkpointing. is deprecated",
@@ -51,15 +52,21 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace, arguments: 
         if args.list:
             _list()
             return
-        path = args.out / "results.jsonl"
-        runs = Results(path).read() if args.report_only else _run(args)
+        path, came_from = args.out / "results.jsonl", args.out / "command.txt"
+        if args.report_only:
+            runs = list(Results(path).read().values())
+        else:
+            stored.write_text(came_from, shlex.join([*shlex.split(COMMAND), *arguments]) + "\n")
+            runs = _run(args)
     except LaplaceLLMError as error:
         parser.error(str(error))
     if not runs:
         parser.error(f"Expected runs in {path}, but there are none.")
     from laplace_llm.benchmark.calibration.report import write_report
 
-    print(write_report(list(runs.values()), args.out, f"{COMMAND} {shlex.join(arguments)}".strip()))
+    # A report alone is of the last command that ran.
+    command = came_from.read_text().strip() if came_from.exists() else COMMAND
+    print(write_report(runs, args.out, command))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> dict:
+def _run(args: argparse.Namespace) -> list[Run]:
     from laplace_llm.benchmark.calibration.runner import Runner
 
     defaults = QUICK if args.quick else FULL
@@ -119,8 +126,7 @@ def _run(args: argparse.Namespace) -> dict:
     methods = select_methods(options.methods, options.quick)
     runner = Runner(options, select_tasks(options.tasks), methods)
     runner.run()
-    runs = runner.results.read(runner.settings)
-    return {key: run for key, run in runs.items() if key.method in methods}
+    return runner.planned_runs()
 
 
 def _default_tasks(quick: bool, data_dir: Path | None) -> list[str]:
@@ -139,6 +145,6 @@ def _list() -> None:
     from laplace_llm.benchmark.calibration.method import missing, registered
 
     for name, method in registered().items():
-        lacking = ", ".join(pip for _, pip in missing(method))
+        lacking = ", ".join(f'"{pip}"' for _, pip in missing(method))
         print(f"{method.group:13} {name}{f'  (pip install {lacking})' if lacking else ''}")
     print("tasks:", " ".join(registered_tasks()))

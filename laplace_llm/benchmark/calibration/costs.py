@@ -47,6 +47,11 @@ class Meter:
         self.device = device
         self._peaks: list[int] = []
 
+    @property
+    def sees_memory(self) -> bool:
+        """Whether memory is measured here."""
+        return self.device.type == "cuda" or _CLEAR.exists()
+
     @contextmanager
     def measure(self) -> Iterator[Cost]:
         """Measure the work in the block; the result is filled in at its end."""

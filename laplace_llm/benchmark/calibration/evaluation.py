@@ -58,9 +58,9 @@ def evaluate(
     save_predictions : bool, default=False
         Whether to keep every question's probabilities.
     """
-    lacking = [pip for _, pip in missing(method)]
+    lacking = sorted({f'"{pip}"' for _, pip in missing(method)})
     if lacking:
-        run.status, run.reason = SKIPPED, f"pip install {' '.join(sorted(set(lacking)))}"
+        run.status, run.reason = SKIPPED, f"pip install {' '.join(lacking)}"
         return run
     try:
         _evaluate(run, method, problem, tests, save_predictions)
@@ -94,10 +94,11 @@ def _evaluate(
         if index == 0:
             own = answers
     run.note = method.note
+    peak = max(cost.memory for cost in bill.costs.values())
     run.costs = {
         "fit_seconds": bill.costs["fit"].seconds,
         "predict_ms": 1000 * bill.costs["predict"].seconds / len(own.labels),
-        "peak_bytes": max(cost.memory for cost in bill.costs.values()),
+        "peak_bytes": peak if problem.meter.sees_memory else None,
         "extra_parameters": int(method.extra_parameters),
         "forward_passes": float(method.forward_passes),
         "train_seconds": problem.train_seconds,

@@ -130,9 +130,7 @@ def select_tasks(names: Iterable[str]) -> list[Task]:
     return [every[name] for name in names]
 
 
-def keys(
-    options: Options, task: Task, seed: int, protocol: str, methods: dict[str, type[Method]]
-) -> list[Key]:
+def keys(task: Task, seed: int, protocol: str, methods: dict[str, type[Method]]) -> list[Key]:
     """Return the runs of one problem: tuned methods need the held-out questions."""
     return [
         Key(task.name, seed, protocol, name)

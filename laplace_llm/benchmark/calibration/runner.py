@@ -48,15 +48,23 @@ class Runner:
         """The settings of every task."""
         return {task.name: self.options.settings(task) for task in self.tasks}
 
-    def run(self) -> None:
-        """Run the plan; what is done already is passed over at once."""
-        done = self.results.done(self.settings)
-        plan = [
-            (task, seed, protocol, keys(self.options, task, seed, protocol, self.methods))
+    def plan(self) -> list[tuple[Task, int, str, list[Key]]]:
+        """Return the problems, each a task, a seed and a protocol, and the runs of each."""
+        return [
+            (task, seed, protocol, keys(task, seed, protocol, self.methods))
             for task in self.tasks
             for seed in self.options.seeds
             for protocol in self.options.protocols
         ]
+
+    def planned_runs(self) -> list[Run]:
+        """Return the results of the plan, and no others that are in the file."""
+        runs = self.results.read(self.settings)
+        return [runs[key] for *_, some in self.plan() for key in some if key in runs]
+
+    def run(self) -> None:
+        """Run the plan; what is done already is passed over at once."""
+        done, plan = self.results.done(self.settings), self.plan()
         total = sum(len(runs) for *_, runs in plan)
         left = [[key for key in runs if key not in done] for *_, runs in plan]
         with tqdm(total=total, initial=total - sum(map(len, left)), unit="run", smoothing=0) as bar:

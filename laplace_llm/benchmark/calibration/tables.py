@@ -88,8 +88,12 @@ def cost_table(table: dict[str, Row]) -> str:
     )  # fmt: skip
     lines = []
     for name, row in table.items():
-        costs = {key: mean([run.costs[key] for run in row.runs]) for key in row.runs[0].costs}
-        memory = f"{costs['peak_bytes'] / 1e6:.0f}" if costs["peak_bytes"] else ""
+        costs = {
+            key: mean([run.costs[key] for run in row.runs if run.costs[key] is not None])
+            for key in row.runs[0].costs
+        }
+        peak = costs["peak_bytes"]
+        memory = f"{peak / 1e6:.0f}" if peak >= 5e5 else "" if math.isnan(peak) else "< 1"
         lines.append(
             [
                 name,
