@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -82,7 +83,8 @@ def select_methods(patterns: Iterable[str], quick: bool = False) -> dict[str, ty
     Parameters
     ----------
     patterns : Iterable[str]
-        Parts of a name or group, or globs of a whole name; upper and lower case are the same.
+        Parts of a name that start with a word ("point" is not in "checkpoint"), groups, or globs of
+        a whole name; upper and lower case are the same.
         None of them means all methods.
     quick : bool, default=False
         Whether, without patterns, to leave out those that are not `quick`.
@@ -100,7 +102,7 @@ def select_methods(patterns: Iterable[str], quick: bool = False) -> dict[str, ty
         found = {
             name
             for name, cls in every.items()
-            if pattern in name.lower()
+            if re.search(rf"(?<!\w){re.escape(pattern)}", name.lower())
             or fnmatch(name.lower(), pattern)
             or pattern == cls.group.lower()
         }

@@ -44,7 +44,8 @@ class Problem:
         ``train_adapter(seed=..., dropout=0.0, optimizer=None, on_step=None)`` trains another
         adapter by the recipe of the first one and returns its head. ``optimizer(parameters, lr)``
         makes another optimizer than AdamW; ``on_step(head, step, n_steps)`` is called after every
-        step. Slow: it is training all over.
+        step. An optimizer with a context manager ``sampled_params(train=True)``, as IVON has, is
+        given each forward and backward pass inside of it. Slow: it is training all over.
     checkpoints : list[dict[str, Tensor]]
         The adapter's LoRA weights at the end of each epoch of its training, by the names that
         they have in `head`.
