@@ -134,7 +134,6 @@ def rows(who: str, backend: type) -> list[Row]:
         Row("fit", "exact fit, per batch", fit(stochastic=False), who),
         Row("fit-mc", "MC fit, per batch", fit(stochastic=True), who),
         Row("probit", "predictive, probit", predict(link_approx="probit"), who),
-        Row("mc", "predictive, mc", predict(link_approx="mc"), who),
         Row("nn", f"predictive, nn, {NN_SAMPLES} samples", sampled, who),
         Row("grid", "grid search, 100 values", gridsearch, who),
         Row("marglik", "marglik, 100 steps", evidence, who),

@@ -20,10 +20,10 @@ from laplace_llm.benchmark.calibration.posteriors import Choice, Posteriors, Var
 from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.links import _normal_points
 from laplace_llm.moments import Moments
+from laplace_llm.sketch import DEFAULT_RANK
 from laplace_llm.structures import STRUCTURES
 
 MAX_DENSE = 5_000  # weights of which all pairs are kept
-LOW_RANK = 64
 RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
 DEFAULT, GRID_SEARCH = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, gridsearch"
 
@@ -118,16 +118,9 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 def _dense(tensors: list[LoraTensor]) -> dict[str, Any]:
     longest = max(max(tensor.shape) for tensor in tensors)
-    if longest <= 1024:
-        raise NotApplicable(f"no side is longer than 1,024 (but {longest}): the same as kron")
+    if longest <= 2 * DEFAULT_RANK:
+        raise NotApplicable(f"no side is longer than {2 * DEFAULT_RANK}: the same as kron")
     return {"backend_kwargs": {"rank": longest}}
-
-
-def _low_rank(tensors: list[LoraTensor]) -> dict[str, Any]:
-    longest = max(max(tensor.shape) for tensor in tensors)
-    if longest <= LOW_RANK:
-        raise NotApplicable(f"no side is longer than {LOW_RANK} (but {longest}): the same as kron")
-    return {"backend_kwargs": {"rank": LOW_RANK}}
 
 
 def _asdl(tensors: list[LoraTensor]) -> dict[str, Any]:
@@ -151,7 +144,6 @@ def _register_all() -> None:
         register_laplace(kron, "loo", link)
     backends = {
         "kron dense": _dense,
-        f"kron rank {LOW_RANK}": _low_rank,
         "kron MC": lambda _: {"backend_kwargs": {"stochastic": True}},
         "kron expand": lambda _: {"backend_kwargs": {"kfac_approx": "expand"}},
     }
