@@ -354,8 +354,10 @@ def _numbers(la: Any) -> int:
     if hasattr(la.H, "store"):
         return la.H.store.count * la.H.store.columns
     if hasattr(la, "H_facs"):
-        pairs = [m for p in la.H_facs.pairs for m in (p.outputs, p.inputs)]
-        return sum((m.matrix if hasattr(m, "matrix") else m.sketch).numel() for m in pairs)
+        # q, k and v share the factor of their input.
+        moments = {id(m): m for p in la.H_facs.pairs for m in (p.outputs, p.inputs)}
+        shapes = [m.matrix.shape if hasattr(m, "matrix") else m.shape for m in moments.values()]
+        return sum(shape.numel() for shape in shapes)
     return la.H.numel()
 
 
