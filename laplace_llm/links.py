@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -96,8 +95,10 @@ def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> T
     covariance = covariance.gather(-2, rows).gather(-1, rows.mT)
     mean, covariance = mean[:, 1:] - mean[:, :1], _differences(covariance)
     noise = _normal_points(mean.shape[1], points).to(mean)  # (S, C - 1)
-    logits = mean[:, None] + noise @ _root(covariance).mT  # (B, S, C - 1)
-    probabilities = torch.softmax(F.pad(logits, (1, 0)), -1).mean(1)
+    logits = mean[:, :, None] + _root(covariance) @ noise.T  # (B, C - 1, S)
+    # With the points last, a softmax over a few classes is vectorised.
+    likeliest = logits.new_zeros(len(logits), 1, logits.shape[2])
+    probabilities = torch.softmax(torch.cat([likeliest, logits], 1), 1).mean(-1)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)
 
 

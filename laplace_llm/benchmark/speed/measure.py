@@ -44,6 +44,7 @@ def peak_memory(call: Call, device: torch.device) -> Peak:
         before = torch.cuda.memory_allocated(device)
     else:
         _return_free_memory()
+        _return_at_once(_EXACT)
         _reset_high_water_mark()
         before = resident_bytes()
     start = time.perf_counter()
@@ -51,6 +52,8 @@ def peak_memory(call: Call, device: torch.device) -> Peak:
     seconds = _now(device) - start
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else high_water_mark()
     del result
+    if device.type != "cuda":
+        _return_at_once(_LARGEST)
     return Peak(before, peak, seconds)
 
 
@@ -123,6 +126,16 @@ def _maximum() -> int:
 def _reset_high_water_mark() -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+# Bytes from which the C library gives freed memory back to the system at once. By itself it raises
+# the limit as it goes, and peaks then depend on what it has kept.
+_EXACT, _LARGEST = 128 * 2**10, 32 * 2**20
+
+
+def _return_at_once(limit: int) -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, limit)  # M_MMAP_THRESHOLD
 
 
 def _return_free_memory() -> None:

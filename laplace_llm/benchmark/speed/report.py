@@ -29,11 +29,14 @@ COUNTED = (
 
 def compare(results: Sequence[Result]) -> None:
     """Add to each row how it compares with ours and with the training step, in place."""
-    ours = {r["name"]: r["seconds"] for r in results if r["who"] == OURS and "seconds" in r}
+    ours = {r["name"]: r for r in results if r["who"] == OURS and "seconds" in r}
     step = next((memory(r) for r in results if r["name"] == "step" and "peak_bytes" in r), None)
     for result in results:
         if result["who"] not in (OURS, "torch") and "seconds" in result and result["name"] in ours:
-            result["times_ours"] = result["seconds"] / ours[result["name"]]
+            # Beside their own floors where there are any: rows ran minutes apart.
+            both = (result, ours[result["name"]])
+            key = "floor_ratio" if all("floor_ratio" in r for r in both) else "seconds"
+            result["times_ours"] = both[0][key] / both[1][key]
         # What a posterior takes beyond the model is no matter of training.
         if step and "peak_bytes" in result and result["name"] not in ("step", "construct"):
             result["step_ratio"] = memory(result) / step
@@ -155,7 +158,8 @@ def notes(facts: dict[str, Any], workload: dict[str, Any]) -> str:
         ]
     else:
         lines += [
-            "Medians; x floor is the median over pairs that ran in turns. Memory on a CPU is the "
+            "Medians; x floor is the median over pairs that ran in turns, times ours the ratio of "
+            "two such where there are both. Memory on a CPU is the "
             "row's process's resident peak without what importing took; construct's is beyond "
             "what was there before.",
         ]
