@@ -287,7 +287,7 @@ def test_rules_are_those_of_the_public_call(rule):
     loader = problem.val if rule in ("gridsearch", "val_grad") else None
     la.optimize_prior_precision(method=rule, val_loader=loader)
     expected = la.prior_precision.item()
-    assert float(ours.posteriors.chosen(ours.choice)) == pytest.approx(expected, rel=1e-4)
+    assert float(ours.posteriors.chosen(ours.choice)) == pytest.approx(expected, rel=1e-3)
     batch = letter_batch(4, seed=9)
     torch.testing.assert_close(ours.predict(batch).probabilities, la(batch), rtol=1e-4, atol=1e-5)
 
