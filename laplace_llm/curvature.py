@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from laplace_llm.factors import LoraKron
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
-
-T = TypeVar("T")
 
 
 class BatchSummary(NamedTuple):
@@ -120,25 +118,9 @@ class StreamingInterface(CurvatureInterface):
         loss = self.factor * self.lossfunc(logits, y)
         return run, self._seeds(logits, y), BatchSummary(loss, logits.shape[1])
 
-    def _sweep(
-        self,
-        run: Taps,
-        directions: Tensor,
-        consume: Callable[[int, Tensor], T],
-        create_graph: bool = False,
-    ) -> Iterator[list[T]]:
-        """Yield what `consume` makes of the output gradients of each direction in turn.
-
-        Directions are of shape (B, C, K) or (C, K); the last one frees the graph.
-        """
-        last = directions.shape[-1] - 1
-        for index, column in enumerate(directions.unbind(-1)):
-            cotangent = column.expand_as(run.logits)
-            yield run.backward(cotangent, consume, index == last, create_graph)
-
     def _rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
         """Yield the per-example gradients (B, P) of each seed."""
-        for blocks in self._sweep(run, seeds, self._outer(run)):
+        for blocks in run.sweep(seeds, self._outer(run)):
             yield self._subnetwork(torch.cat(blocks, 1))
 
     def _outer(self, run: Taps) -> Callable[[int, Tensor], Tensor]:
@@ -167,7 +149,7 @@ class StreamingInterface(CurvatureInterface):
             reduce = self.kfac_approx == "reduce"
             state.pairs[index].outputs.add(gradient.sum(1) if reduce else gradient.flatten(0, 1))
 
-        for _ in self._sweep(run, columns, add):
+        for _ in run.sweep(columns, add):
             pass
         state.n_data += len(y)
         self._check_finite(torch.stack([pair.trace.cpu() for pair in state.pairs]))
@@ -184,7 +166,7 @@ class StreamingInterface(CurvatureInterface):
         """Add a batch to the diagonal (P,) in place."""
         run, columns, summary = self._forward(x, y)
         outer = self._outer(run)
-        squares = self._sweep(run, columns, lambda i, g: outer(i, g).square().sum(0))
+        squares = run.sweep(columns, lambda i, g: outer(i, g).square().sum(0))
         for parts in squares:
             state += self._subnetwork(torch.cat(parts))
         self._check_finite(state)
@@ -244,7 +226,7 @@ class StreamingInterface(CurvatureInterface):
         run = taps.forward(self.model, self.tensors, x, create_graph)
         if directions is None:
             directions = torch.eye(run.logits.shape[1])
-        columns = self._sweep(run, directions.to(run.logits), self._outer(run), create_graph)
+        columns = run.sweep(directions.to(run.logits), self._outer(run), create_graph)
         blocks = [list(block) for block in zip(*columns, strict=True)]
         outputs = run.logits if create_graph else run.logits.detach()
         jacobians = []

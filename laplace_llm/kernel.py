@@ -99,11 +99,8 @@ def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
             gradient = gradient @ omega / math.sqrt(FEATURE_WIDTH)
         return (gradient.mT @ run.inputs(index).to(dtype)).flatten(1)
 
-    columns = []
-    for index, contrast in enumerate(basis.T.to(run.logits)):
-        last = index == basis.shape[1] - 1
-        columns.append(torch.cat(run.backward(contrast.expand_as(run.logits), features, last), 1))
-    return torch.stack(columns, 1)
+    columns = run.sweep(basis.to(run.logits), features)
+    return torch.stack([torch.cat(parts, 1) for parts in columns], 1)
 
 
 def _gram(features: Tensor, columns: int = 8192) -> Tensor:

@@ -12,12 +12,10 @@ from torch.func import functional_call
 
 from laplace_llm.errors import OptionError
 from laplace_llm.function_space import contrasts
-from laplace_llm.links import mean_field, quasi_monte_carlo
+from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.posterior import LoraPosterior
 from laplace_llm.taps import Batch, check_logits
-
-_LINKS = {"mean_field": mean_field, "qmc": quasi_monte_carlo}
 
 
 class LoraPredictive(LoraPosterior):
@@ -117,12 +115,12 @@ class LoraPredictive(LoraPosterior):
             if pred_type == "nn":
                 samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
                 return samples.mean(0), samples.var(0)
-        if link_approx in _LINKS:
+        if link_approx in OF_DIFFERENCES:
             if pred_type == "glm" and self._predicts_classes(fitting):
                 moments = self._glm_predictive_distribution(
                     x, diagonal_output=diagonal_output, centred=not diagonal_output
                 )
-                return _LINKS[link_approx](*moments)
+                return CLOSED_FORMS[link_approx](*moments)
             link_approx = "probit"  # what the parent expects where there is no link to take
         return super().__call__(
             x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,

@@ -9,7 +9,7 @@ which example, and which are padding, is decided here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -109,6 +109,26 @@ class Taps:
             if index not in results:
                 consumer(index)(self.tensors[index].weight.new_zeros(tap.shape))
         return [results[index] for index in range(len(self._taps))]
+
+    def sweep(
+        self,
+        directions: Tensor,
+        consume: Callable[[int, Tensor], T],
+        create_graph: bool = False,
+    ) -> Iterator[list[T]]:
+        """Yield the results of `backward` for each direction in turn; the last frees the graph.
+
+        Parameters
+        ----------
+        directions : Tensor
+            (B, C, K), or (C, K) for all examples.
+        consume, create_graph
+            See `backward`.
+        """
+        last = directions.shape[-1] - 1
+        for index, column in enumerate(directions.unbind(-1)):
+            cotangent = column.expand_as(self.logits)
+            yield self.backward(cotangent, consume, index == last, create_graph)
 
     def token_counts(self, index: int) -> Tensor | int:
         """Return the number of real positions of each example (B, 1) for one tensor, at least 1."""

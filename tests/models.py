@@ -30,6 +30,17 @@ from laplace_llm.rows import LowRankGGN
 VOCABULARY = 50
 HIDDEN = 16
 CHOICE_TOKENS = (11, 23, 37, 41, 5)
+LLAMA_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -45,18 +56,7 @@ def tiny_llama(
     """Return a causal LM with rotary positions and grouped-query attention."""
 
     def build() -> nn.Module:
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            pad_token_id=0,
-        )
-        return _with_exact_norms(LlamaForCausalLM(config))
+        return _with_exact_norms(LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE)))
 
     return _with_lora(
         build, dtype, targets, rank, seed, task_type=TaskType.CAUSAL_LM, **lora_kwargs

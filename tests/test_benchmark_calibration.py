@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCABULARY, letter_batch, letter_head, tiny_llama, tiny_tokenizer
+from models import LLAMA_SHAPE, letter_batch, letter_head, tiny_llama, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import laplace_llm
@@ -40,18 +40,7 @@ def place(tmp_path_factory):
     """Return a folder with a tiny model and the data of three tasks."""
     folder = tmp_path_factory.mktemp("calibration")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE)).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     rng, things = random.Random(0), {"sky": 0, "sea": 0, "grass": 1, "snow": 2}
     for task, n in (("trec", 60), ("openbookqa", 60), ("arc-easy", 20)):
