@@ -19,11 +19,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import laplace_llm
 from laplace_llm.benchmark.calibration import command, hub, method, metrics, training
 from laplace_llm.benchmark.calibration.bootstrap import Difference, paired_bootstrap
-from laplace_llm.benchmark.calibration.method import Method, Prediction, register, registered
+from laplace_llm.benchmark.calibration.method import (
+    Method,
+    NotApplicable,
+    Prediction,
+    register,
+    registered,
+)
 from laplace_llm.benchmark.calibration.methods.laplace_lora import mutual_information
 from laplace_llm.benchmark.calibration.methods.point import fit_temperature
 from laplace_llm.benchmark.calibration.plan import select_methods, select_tasks
-from laplace_llm.benchmark.calibration.problem import NotApplicable, Problem
+from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.results import Key, Results, Run
 from laplace_llm.benchmark.calibration.tables import cells, verdict
 from laplace_llm.benchmark.calibration.tasks import Task, load_rows, questions, register_task

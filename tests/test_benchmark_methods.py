@@ -22,6 +22,7 @@ from laplace_llm.benchmark.calibration.linear import Standardize, seeded
 from laplace_llm.benchmark.calibration.method import Method, NotApplicable, missing, registered
 from laplace_llm.benchmark.calibration.methods.evidential import Evidential, evidential_loss
 from laplace_llm.benchmark.calibration.methods.last_layer_laplace import METHODS as LAPLACE
+from laplace_llm.benchmark.calibration.methods.last_layer_laplace import negative_log_likelihood
 from laplace_llm.benchmark.calibration.methods.last_layer_sampling import (
     LastLayerDropout,
     LastLayerEnsemble,
@@ -263,7 +264,8 @@ def test_laplace_on_features_is_laplace_torch_on_the_head(structure, rule):
     peer: Any = Laplace(problem.head, "classification", "last_layer", structure)
     peer.fit(loader(problem.train))
     val = loader(problem.val) if rule == "gridsearch" else None
-    peer.optimize_prior_precision(method=rule, val_loader=val)
+    # The parent's own metric adds up over the grid: its last value wins on most tasks.
+    peer.optimize_prior_precision(method=rule, val_loader=val, loss=negative_log_likelihood)
 
     torch.testing.assert_close(fit.prior_precision.double(), peer.prior_precision.double())
     batch = letter_batch(6, seed=3)
@@ -310,6 +312,20 @@ def test_vbll_training_lowers_its_own_loss(monkeypatch):
         fit = fitted(DiagonalVBLL, problem)
         losses.append(fit._layer(x).train_loss_fn(y).item())
     assert losses[1] < losses[0] - 0.1
+
+
+def test_vbll_keeps_the_epoch_that_validates_best(monkeypatch):
+    problem = problem_of()
+    x, y = labelled_features(problem, "val")
+    nlls = []
+    for epochs in range(0, 40, 5):
+        monkeypatch.setattr(LowRankVBLL, "epochs", epochs)
+        fit = fitted(LowRankVBLL, problem)
+        nlls.append(F.nll_loss(fit.predict_features(x).log(), y).item())
+    # The same training, for longer: it cannot validate worse, and does better at first.
+    assert nlls[1:] == sorted(nlls[1:], reverse=True)
+    assert nlls[-1] < nlls[1]
+    assert int(fit.note.split()[1]) <= 35
 
 
 def test_random_feature_posterior_is_the_brute_force_one():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace_llm.benchmark.calibration import stored
 from laplace_llm.benchmark.calibration.costs import Cost, Meter
-from laplace_llm.benchmark.calibration.method import NotApplicable
+from laplace_llm.benchmark.calibration.features import last_layer
 
 
 class Shared(NamedTuple):
@@ -144,44 +144,52 @@ class Problem:
                 tensors, metadata = stored.load(path)
                 self.charged += float(metadata["seconds"])
                 return tensors["features"].to(self.device), tensors["labels"]
+            charged = self.charged
             with self.meter.measure() as cost:
-                rows = [self._batch_features(batch) for batch in batches]
-            features = torch.cat(rows)
+                features = torch.cat([self.batch_features(batch) for batch in batches])
+            seconds = cost.seconds + self.charged - charged
             labels = torch.cat([torch.as_tensor(batch["labels"]) for batch in batches])
             if path is not None:
                 tensors = {"features": features, "labels": labels}
-                stored.save(path, tensors, {"seconds": str(cost.seconds)})
+                stored.save(path, tensors, {"seconds": str(seconds)})
             return features, labels
 
-        self._last_layer()
+        last_layer(self.head)
         return self.share(f"features of {split}", make)
 
-    def batch_features(self, batch: Any) -> Tensor:
-        """Return the features (B, d) of a batch, also one of a test set; see `features`.
+    def logits(self, batch: Any) -> Tensor:
+        """Return the head's logits (B, C) of a batch.
 
-        The batch is remembered by its identity, as the runner's batches live as long as this.
+        The head runs once on a batch, at everyone's cost. The batch is remembered by its identity,
+        as the runner's batches live as long as this.
         """
-        self._last_layer()
-        key = f"features of batch {id(batch)}"
-        return self.share(key, lambda: (batch, self._batch_features(batch)))[1]
+        return self._outputs(batch)[0]
+
+    def batch_features(self, batch: Any) -> Tensor:
+        """Return the features (B, d) of a batch, from the same run as its logits; see `features`.
+
+        Raises
+        ------
+        NotApplicable
+            If the head does not end in a linear layer.
+        """
+        last_layer(self.head)
+        return self._outputs(batch)[1]
+
+    def _outputs(self, batch: Any) -> tuple[Tensor, Tensor]:
+        key = f"outputs of batch {id(batch)}"
+        _, logits, features = self.share(key, lambda: (batch, *self._run(batch)))
+        return logits, features
 
     @torch.no_grad()
-    def _batch_features(self, batch: Any) -> Tensor:
-        seen: list[Tensor] = []
-        hook = self._last_layer().register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0])
-        )
+    def _run(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return logits, and the last layer's inputs; none where there is no such layer."""
+        layer, seen = getattr(self.head, "choice_layer", None), [torch.empty(0)]
+        if not isinstance(layer, nn.Linear):
+            return self.head(batch), seen[0]
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            self.head(batch)
+            logits = self.head(batch)
         finally:
             hook.remove()
-        return seen[-1]
-
-    def _last_layer(self) -> nn.Module:
-        layer = getattr(self.head, "choice_layer", None)
-        if not isinstance(layer, nn.Linear):
-            raise NotApplicable(
-                f"{type(self.head).__name__} does not end in a linear layer from features to "
-                "classes"
-            )
-        return layer
+        return logits, seen[-1]

@@ -2,7 +2,9 @@
 
 They run on the last layer's cached features, which gives the numbers that they give on the head
 (its Jacobians are those of the linear layer) without passes over the language model. All options
-are laplace-torch's defaults: scalar prior precision, 100 grid points, probit predictive.
+are laplace-torch's defaults: scalar prior precision, 100 grid points, probit predictive. Only the
+grid's loss is a function instead of the default metric, which adds up over the whole grid (so that
+the last value wins on most tasks).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from laplace import Laplace
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_llm.benchmark.calibration.features import (
@@ -93,7 +96,10 @@ class LastLayerLaplace(LastLayerMethod):
             if self.rule == "gridsearch":
                 validation = self._loader(*labelled_features(problem, "val"))
             self._la.optimize_prior_precision(
-                pred_type=self._pred_type, method=self.rule, val_loader=validation
+                pred_type=self._pred_type,
+                method=self.rule,
+                val_loader=validation,
+                loss=negative_log_likelihood,
             )
         self.note = f"prior precision {float(self.prior_precision):.3g}"
         n_classes, width = model.layer.weight.shape
@@ -127,6 +133,11 @@ class LastLayerLaplace(LastLayerMethod):
     def prior_precision(self) -> Tensor:
         """What the rule chose."""
         return torch.as_tensor(self._la.prior_precision)
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean NLL of labels (N,) under probabilities (N, C)."""
+    return F.nll_loss(probabilities.clamp_min(1e-30).log(), labels)
 
 
 def _method(structure: str, rule: str) -> type[LastLayerLaplace]:

@@ -22,13 +22,12 @@ class MAP(Method):
     group = "point"
 
     def fit(self, problem: Problem) -> None:
-        """Keep the head."""
-        self.head = problem.head
+        """Keep the problem, whose logits are what is predicted."""
+        self.problem = problem
 
-    @torch.no_grad()
     def predict(self, batch: Any) -> Tensor:
         """Return probabilities (B, C)."""
-        return torch.softmax(self.head(batch), -1)
+        return torch.softmax(self.problem.logits(batch), -1)
 
 
 @register
@@ -42,19 +41,17 @@ class TemperatureScaling(MAP):
     tuned = True
     extra_parameters = 1
 
-    @torch.no_grad()
     def fit(self, problem: Problem) -> None:
         """Choose the temperature with the lowest NLL on the validation split."""
         super().fit(problem)
-        logits = torch.cat([self.head(batch) for batch in problem.val])
+        logits = torch.cat([problem.logits(batch) for batch in problem.val])
         labels = torch.cat([batch["labels"] for batch in problem.val]).to(logits.device)
         self.temperature = fit_temperature(logits, labels)
         self.note = f"T = {self.temperature:.3g}"
 
-    @torch.no_grad()
     def predict(self, batch: Any) -> Tensor:
         """Return probabilities (B, C)."""
-        return torch.softmax(self.head(batch) / self.temperature, -1)
+        return torch.softmax(self.problem.logits(batch) / self.temperature, -1)
 
 
 @torch.enable_grad()

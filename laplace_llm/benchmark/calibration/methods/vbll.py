@@ -6,6 +6,8 @@ at a language model's width d, hence low rank or diagonal.
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 class VBLL(LastLayerMethod):
     """A Gaussian over the last layer's weights, trained on a bound of the marginal likelihood.
 
-    The mean starts at the head's own layer. The number of epochs is fixed: the KL term, weighted
-    by one over the number of training examples as the authors do, keeps it from overfitting.
+    The mean starts at the head's own layer, and the KL term is weighted by one over the number of
+    training examples, as the authors do. On a few examples the bound drowns in that term after too
+    many epochs, so that the epoch with the lowest NLL on the validation split is kept.
     """
 
+    tuned: ClassVar[bool] = True
     requires: ClassVar[dict[str, str]] = {"vbll": "vbll>=0.4.9"}
     parameterization: ClassVar[str]
     epochs: ClassVar[int] = 100
@@ -54,6 +58,19 @@ class VBLL(LastLayerMethod):
                 parameterization=self.parameterization,
             )
         layer.W_mean.data.copy_(weight)
+        self._layer = layer
+        validation, answers = (part.cpu() for part in labelled_features(problem, "val"))
+        best, kept = math.inf, deepcopy(layer.state_dict())
+
+        @torch.no_grad()
+        def keep_best(epoch: int) -> None:
+            nonlocal best, kept
+            probs = self.predict_features(validation)
+            nll = float(F.nll_loss(probs.clamp_min(1e-30).log(), answers))
+            if nll < best:
+                best, kept = nll, deepcopy(layer.state_dict())
+                self.note = f"epoch {epoch + 1} of {self.epochs}"
+
         train_layer(
             layer,
             features,
@@ -62,8 +79,9 @@ class VBLL(LastLayerMethod):
             epochs=self.epochs,
             seed=problem.seed,
             optimizer=torch.optim.Adam((p for p in layer.parameters() if p.requires_grad), self.lr),
+            on_epoch=keep_best,
         )
-        self._layer = layer
+        layer.load_state_dict(kept)
         self.extra_parameters = sum(p.numel() for p in layer.parameters())
 
     def predict_features(self, features: Tensor) -> Tensor:
