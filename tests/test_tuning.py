@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.kernel import training_space
-from laplace_llm.links import mean_field, quasi_monte_carlo
+from laplace_llm.links import CLOSED_FORMS, mean_field, quasi_monte_carlo
 
 ALL = pytest.mark.parametrize("structure", STRUCTURES)
 GRID = {"log_prior_prec_min": -2, "log_prior_prec_max": 3, "grid_size": 11}
@@ -73,8 +73,8 @@ def assert_chosen(la, value):
 # Leave one out ------------------------------------------------------------------------------------
 
 
-def loo_choice(la, batches, interval, link=quasi_monte_carlo):
-    """Return the value with the lowest loss, each mode and each covariance from scratch."""
+def loo_losses(la, batches, interval, link):
+    """Return the mean loss under every value, each mode and each covariance from scratch."""
     space = training_space(la, batches)
     target = space.log_likelihood(space.trained)
     modes = [space.mode(delta) for delta in interval.tolist()]
@@ -88,10 +88,16 @@ def loo_choice(la, batches, interval, link=quasi_monte_carlo):
             deviation = (covariance.diagonal(dim1=1, dim2=2) + la.sigma_noise**2).sqrt()
             log_prob = torch.distributions.Normal(mean, deviation).log_prob(space.labels)
             losses.append(-float(log_prob.mean()))
-        else:  # one example more, of which every label is as likely
+        else:  # of 3 % of the labels, every class is as likely
             logs = link(mean, covariance).log()
-            right = logs.gather(1, space.labels[:, None])
-            losses.append(-float(right.sum() + logs.mean()) / (len(logs) + 1))
+            right = logs.gather(1, space.labels[:, None])[:, 0]
+            losses.append(-float((0.97 * right + 0.03 * logs.mean(1)).mean()))
+    return losses
+
+
+def loo_choice(la, batches, interval, link=quasi_monte_carlo):
+    """Return the value with the lowest loss, each mode and each covariance from scratch."""
+    losses = loo_losses(la, batches, interval, link)
     return float(interval[losses.index(min(losses))])
 
 
@@ -168,7 +174,8 @@ def test_leave_one_out_tells_a_learnt_task_from_random_labels(seed):
         plain = nll(torch.softmax(model(x), -1).detach(), y)
         assert nll(la(x), y) < (0.5 if labels == "rule" else 1.3)
         assert labels == "rule" or plain > 3
-    assert chosen["rule"] > 2
+    # Smoothed labels keep it from being as sure as it might be: 100 examples cannot tell.
+    assert chosen["rule"] > 0.5
     assert chosen["rule"] > 20 * chosen["random"]
 
 
@@ -242,17 +249,38 @@ def test_fit_passes_over_a_loader_once():
 # Which method, and what it leaves -----------------------------------------------------------------
 
 
-def test_a_validation_set_makes_it_a_grid_search():
-    loader = train()
-    la = fitted(loader=loader)
-    la.optimize_prior_precision(val_loader=val(), **GRID)
-    assert loader.passes == 1
-    losses = []
-    other = fitted()
-    for value in INTERVAL:
+@ALL
+@pytest.mark.parametrize("link", ["qmc", "probit"])
+def test_validation_examples_count_twice_beside_those_left_out(structure, link):
+    loader, held = train(), val()
+    la = fitted(structure, loader)
+    la.optimize_prior_precision(val_loader=held, link_approx=link, **GRID)
+    assert (loader.passes, held.passes) == (2, 1)
+    left_out = loo_losses(la, loader.batches, INTERVAL, CLOSED_FORMS[link])
+    losses, other = [], fitted(structure)
+    n, m = (len(whole(data)[1]) for data in (loader, held))
+    for value, loss in zip(INTERVAL, left_out, strict=True):
         other.prior_precision = value
-        losses.append(val_loss(other, val()))
+        x, y = whole(held)
+        losses.append(n * loss + 2 * m * nll(other(x, link_approx=link), y))
     assert_chosen(la, INTERVAL[losses.index(min(losses))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss": lambda p, y: F.nll_loss(p.log(), y)}, {"pred_type": "nn", "link_approx": "mc"}, {}],
+)
+def test_what_leave_one_out_cannot_do_is_a_grid_search(options):
+    loader = train()
+    la = fitted(loader=loader if options else iter(loader))
+    passes = loader.passes
+    torch.manual_seed(0)
+    la.optimize_prior_precision(val_loader=val(), **options, **GRID)
+    assert loader.passes == passes
+    explicit = fitted()
+    torch.manual_seed(0)
+    explicit.optimize_prior_precision(method="gridsearch", val_loader=val(), **options, **GRID)
+    assert torch.equal(la.prior_precision, explicit.prior_precision)
 
 
 def test_leave_one_out_is_of_a_scalar():
@@ -268,7 +296,9 @@ METHODS = {
     "linear mode": lambda la, loader: la.optimize_prior_precision(
         method="marglik", evidence="linear_mode", train_loader=loader
     ),
-    "gridsearch": lambda la, loader: la.optimize_prior_precision(val_loader=loader, grid_size=3),
+    "gridsearch": lambda la, loader: la.optimize_prior_precision(
+        method="gridsearch", val_loader=loader, grid_size=3
+    ),
     "val_grad": lambda la, loader: la.optimize_prior_precision(
         method="val_grad", val_loader=loader
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 # A finer grid would resolve nothing that N leave-one-out losses can tell apart.
 GRID_SIZE = 33
+# The features have seen the labels, so that too few of the left-out answers are wrong: of so many
+# training labels, any class is taken to be as likely. In common data sets about 3 % of the labels
+# are wrong (Northcutt et al., NeurIPS 2021).
+LABEL_SMOOTHING = 0.03
+# For the same reason a training example tells less than one that was held out.
+TRAINING_WEIGHT = 0.5
 
 
 def leave_one_out(
@@ -25,15 +32,16 @@ def leave_one_out(
     interval: Tensor,
     link_approx: str,
     n_samples: int = 100,
+    validation: Sequence[tuple[Moments, Tensor]] = (),
 ) -> Tensor:
     """Return the prior precision with the lowest leave-one-out loss on the training examples.
 
     The model was trained to fit its own examples, so its loss on them tells nothing, nor does a
     Gaussian around it. What each example looks like *from the others* is asked of the linearised
     model instead (`held_out`). Its features have seen the labels all the same, so that too few of
-    its answers are wrong; Laplace's rule of succession makes up for that: one example more is
-    counted, of which every label is as likely (`smoothed_nll`). For regression the loss is the
-    Gaussian negative log likelihood.
+    its answers are wrong; label smoothing makes up for that (`smoothed_nll`). For regression the
+    loss is the Gaussian negative log likelihood. Where there are validation examples, their own
+    losses are added, at twice the weight.
 
     Parameters
     ----------
@@ -42,9 +50,11 @@ def leave_one_out(
     space : FunctionSpace
         The training examples.
     interval : Tensor
-        (G,) prior precisions, ascending; more than 33 are thinned out.
+        (G,) prior precisions, ascending.
     link_approx, n_samples
         See `LoraPredictive.__call__`.
+    validation : Sequence, optional
+        Moments under the values of `interval`, and labels, of batches that were held out.
 
     Raises
     ------
@@ -55,24 +65,18 @@ def leave_one_out(
     """
     if not len(interval):
         raise OptionError("Expected grid_size >= 1, but the grid is empty.")
-    interval = thinned(interval)
     moments = held_out(space, interval)
+    moments = Moments(*(part.to(la._device, la._dtype) for part in moments))
     losses = []
     devices = [la._device] if la._device.type == "cuda" else []
     for index in range(len(interval)):
-        mean, covariance = (part.to(la._device, la._dtype) for part in moments.at(index))
         with torch.random.fork_rng(devices):  # the same random numbers for every value
-            result = la(
-                Moments(mean, covariance),
-                link_approx=link_approx,
-                n_samples=n_samples,
-                fitting=True,
+            loss = TRAINING_WEIGHT * _loss(
+                la, moments.at(index), space.labels, link_approx, n_samples, LABEL_SMOOTHING
             )
-        if isinstance(result, Tensor):
-            losses.append(smoothed_nll(result, space.labels))
-        else:
-            variance = covariance.diagonal(dim1=-2, dim2=-1) + la.sigma_noise.square()
-            losses.append(F.gaussian_nll_loss(mean, space.labels.to(mean), variance))
+            for held, labels in validation:
+                loss = loss + _loss(la, held.at(index), labels, link_approx, n_samples, 0.0)
+        losses.append(loss)
     scores = torch.stack(losses).nan_to_num(torch.inf)
     if not bool(scores.isfinite().any()):
         raise PriorError(
@@ -81,6 +85,24 @@ def leave_one_out(
             "none. Check the training labels, or use method='gridsearch'."
         )
     return interval[int(scores.argmin())]
+
+
+def _loss(
+    la: LoraPredictive,
+    moments: Moments,
+    labels: Tensor,
+    link_approx: str,
+    n_samples: int,
+    smoothing: float,
+) -> Tensor:
+    """Return the loss of examples, summed."""
+    result = la(moments, link_approx=link_approx, n_samples=n_samples, fitting=True)
+    labels = labels.to(la._device)
+    if isinstance(result, Tensor):
+        return len(labels) * smoothed_nll(result, labels, smoothing)
+    variance = moments.covariance.diagonal(dim1=-2, dim2=-1) + la.sigma_noise.square()
+    loss = F.gaussian_nll_loss(moments.mean, labels.to(moments.mean), variance)
+    return len(labels) * loss
 
 
 def thinned(interval: Tensor) -> Tensor:
@@ -126,10 +148,10 @@ def _as_fitted_as_trained(space: FunctionSpace, interval: Tensor) -> tuple[Mode,
     return mode, delta
 
 
-def smoothed_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean NLL over N examples and one more, of which every label is as likely.
-
-    Laplace's rule of succession: of N right answers, it cannot be learnt that all are right.
+def smoothed_nll(
+    probabilities: Tensor, labels: Tensor, smoothing: float = LABEL_SMOOTHING
+) -> Tensor:
+    """Return the mean NLL where a part of the labels is drawn at random.
 
     Parameters
     ----------
@@ -137,8 +159,8 @@ def smoothed_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
         (N, C).
     labels : Tensor
         (N,).
+    smoothing : float
+        That part.
     """
     logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
-    n = len(labels)
-    right = logs.gather(1, labels[:, None]).sum()
-    return -(right + logs.mean()) / (n + 1)
+    return F.cross_entropy(logs, labels, label_smoothing=smoothing)

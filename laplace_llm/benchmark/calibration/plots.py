@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from laplace_llm.benchmark.calibration.methods.laplace_lora import DEFAULT, GRID_SEARCH
+from laplace_llm.benchmark.calibration.methods.laplace_lora import DEFAULT, DEFAULT_VALIDATED
 from laplace_llm.benchmark.calibration.methods.point import MAP_NAME
 from laplace_llm.benchmark.calibration.metrics import N_BINS, risk_coverage
 from laplace_llm.benchmark.calibration.summary import Row, best, mean, standard_error
@@ -46,7 +46,7 @@ def leading(table: dict[str, Row]) -> list[Row]:
     for group in ("last layer", "LoRA"):
         row = best(table, lambda row, group=group: row.group == group)  # type: ignore[misc]
         names += [row.method] if row else []
-    names += [DEFAULT, GRID_SEARCH]
+    names += [DEFAULT, DEFAULT_VALIDATED]
     return [table[name] for name in names if name in table] or list(table.values())[:6]
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from laplace import Laplace
@@ -17,12 +17,14 @@ from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.shared_pass import Member, Part, shared_pass
 from laplace_llm.kernel import training_space
 from laplace_llm.moments import Moments
-from laplace_llm.tuning.leave_one_out import leave_one_out
+from laplace_llm.tuning.leave_one_out import leave_one_out, thinned
 from laplace_llm.tuning.val_grad import NODES_PER_DECADE, descend
 
 # Those of `optimize_prior_precision`, of its grids and of its interpolation.
 GRID = torch.logspace(-4, 4, 100)
+LOO_GRID = thinned(GRID)
 NODES = torch.logspace(-4, 4, 8 * NODES_PER_DECADE + 1)
+GRIDS = {"gridsearch": GRID, "loo and validation": LOO_GRID, "val_grad": NODES}
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Variant:
     options: Callable[[list[LoraTensor]], dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A variant, and how its prior precision and its probabilities come about."""
 
     variant: Variant
@@ -69,7 +70,7 @@ class Posteriors:
     def __init__(self, problem: Problem, planned: Mapping[str, Choice]) -> None:
         self.problem = problem
         self.planned = dict(planned)
-        self._validation: dict[str, dict[Variant, Part]] = {}
+        self._validation: dict[tuple[Variant, str], Part] = {}
         self._test: dict[int, tuple[Any, dict[Variant, Part]]] = {}
         self._members: dict[Variant, dict[Choice, Tensor]] | None = None
 
@@ -103,13 +104,13 @@ class Posteriors:
         problem, link = self.problem, choice.link
         if choice.rule == "loo":
             # What each example looks like from the others has nothing to do with the structure.
-            space = problem.share("training space", lambda: training_space(la, problem.train))
-            interval = GRID.to(la._device, la._dtype)
-            return problem.share(f"loo, {link}", lambda: leave_one_out(la, space, interval, link))
+            return problem.share(f"loo, {link}", lambda: self._leave_one_out(la, link))
         if choice.rule == "marglik":
             return _marginal_likelihood(la)
         moments = self._validation_moments(choice)
         labels = torch.cat([batch["labels"] for batch in problem.val]).to(la._device)
+        if choice.rule == "loo and validation":
+            return self._leave_one_out(la, link, [(moments, labels)])
 
         def loss(covariance: Tensor) -> Tensor:
             probs = la(Moments(moments.mean, covariance), link_approx=link)
@@ -120,20 +121,23 @@ class Posteriors:
         losses = torch.stack([loss(covariance) for covariance in moments.covariance])
         return GRID[int(losses.nan_to_num(torch.inf).argmin())]
 
+    def _leave_one_out(self, la: Any, link: str, validation: Any = ()) -> Tensor:
+        train = self.problem.train
+        space = self.problem.share("training space", lambda: training_space(la, train))
+        interval = LOO_GRID.to(la._device, la._dtype)
+        return leave_one_out(la, space, interval, link, validation=validation)
+
     def _validation_moments(self, choice: Choice) -> Moments:
         """Return a variant's moments under all values of a rule's grid."""
-        parts = self._validation.setdefault(choice.rule, {})
-        if choice.variant not in parts:
-            users = [c.variant for c in self.planned.values() if c.rule == choice.rule]
-            grid = NODES if choice.rule == "val_grad" else GRID
+        if (choice.variant, choice.rule) not in self._validation:
             with self.problem.aside():
                 members = {}
-                for variant in [choice.variant, *users]:
-                    la = _or_none(partial(self.fitted, variant))
+                for variant, rule, _ in [choice, *self.planned.values()]:
+                    la = _or_none(partial(self.fitted, variant)) if rule in GRIDS else None
                     if la is not None:
-                        members[variant] = Member(la, grid)
-                parts |= shared_pass(members, self.problem.val, self.problem.meter)
-        part = parts[choice.variant]
+                        members[variant, rule] = Member(la, GRIDS[rule])
+                self._validation |= shared_pass(members, self.problem.val, self.problem.meter)
+        part = self._validation[choice.variant, choice.rule]
         self.problem.charge(part.cost)
         return part.moments
 

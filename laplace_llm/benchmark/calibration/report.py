@@ -10,7 +10,7 @@ from pathlib import Path
 
 from laplace_llm.benchmark.calibration import stored, tables
 from laplace_llm.benchmark.calibration.bootstrap import paired_bootstrap
-from laplace_llm.benchmark.calibration.methods.laplace_lora import DEFAULT, GRID_SEARCH
+from laplace_llm.benchmark.calibration.methods.laplace_lora import DEFAULT, DEFAULT_VALIDATED
 from laplace_llm.benchmark.calibration.methods.point import MAP_NAME
 from laplace_llm.benchmark.calibration.results import OK, PROTOCOLS, Run
 from laplace_llm.benchmark.calibration.summary import Row, best, mean, paired, rows
@@ -91,7 +91,7 @@ def in_short(runs: list[Run], task: str) -> list[str]:
     for protocol in PROTOCOLS:
         table = rows(runs, task, protocol)
         other = best(table, lambda row: row.single_model and row.group != "LoRA Laplace")
-        for name in (DEFAULT, GRID_SEARCH):
+        for name in (DEFAULT, DEFAULT_VALIDATED):
             if name in table and other is not None:
                 where = task if protocol == PROTOCOLS[0] else f"{task}, trained on all data"
                 lines.append(f"- {where}: {_sentence(table, table[name], other)}")
