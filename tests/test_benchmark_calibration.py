@@ -26,12 +26,18 @@ from laplace_llm.benchmark.calibration.method import (
     register,
     registered,
 )
-from laplace_llm.benchmark.calibration.methods.laplace_lora import mutual_information
+from laplace_llm.benchmark.calibration.methods.laplace_lora import (
+    DEFAULT,
+    DEFAULT_VALIDATED,
+    mutual_information,
+)
 from laplace_llm.benchmark.calibration.methods.point import fit_temperature
 from laplace_llm.benchmark.calibration.plan import select_methods, select_tasks
 from laplace_llm.benchmark.calibration.problem import Problem
+from laplace_llm.benchmark.calibration.report import in_short
 from laplace_llm.benchmark.calibration.results import Key, Results, Run
-from laplace_llm.benchmark.calibration.tables import cells, verdict
+from laplace_llm.benchmark.calibration.summary import rows
+from laplace_llm.benchmark.calibration.tables import cells, overview_table, verdict
 from laplace_llm.benchmark.calibration.tasks import Task, load_rows, questions, register_task
 from laplace_llm.benchmark.models import load_model
 from laplace_llm.errors import DataError, OptionError
@@ -199,7 +205,7 @@ def test_goes_on_after_a_kill(place, tmp_path, registry):
         stderr=subprocess.DEVNULL,
     )
     path = out / "results.jsonl"
-    for _ in range(600):  # MAP and temperature scaling are done, then it is slow
+    for _ in range(6000):  # MAP and temperature scaling are done, then it is slow
         if path.exists() and path.read_bytes().count(b"\n") == 2:
             break
         assert child.poll() is None
@@ -335,6 +341,46 @@ def test_a_new_structure_has_methods_without_a_list():
         name = structure._key[1]
         assert f"Laplace-LoRA {name}, loo" in registered()
         assert f"Laplace-LoRA {name}, loo and validation" in registered()
+
+
+def run_of(method, nll, group, tuned=False, single_model=True, task="one", n=40):
+    """Return a run whose questions have this NLL, give or take a little."""
+    questions = {"nll": [nll + 0.01 * (k % 5 - 2) for k in range(n)]}
+    metrics = {"NLL": nll, "ECE": nll / 10, "accuracy": 0.8}
+    tests = {task: {"metrics": metrics, "questions": questions}}
+    return Run(task, 0, "held out", method, group, tuned, single_model, {}, tests=tests)
+
+
+def test_defaults_are_held_against_methods_of_like_means():
+    runs = [
+        run_of("MAP", 1.0, "point"),
+        run_of("temperature scaling", 0.5, "point", tuned=True),
+        run_of("a last layer", 0.8, "last layer"),
+        run_of("an ensemble", 0.1, "LoRA", single_model=False),
+        run_of(DEFAULT, 0.7, "LoRA Laplace"),
+        run_of(DEFAULT_VALIDATED, 0.6, "LoRA Laplace", tuned=True),
+    ]
+    plain, validated = in_short(runs, "one")
+    assert f"**{DEFAULT} wins against a last layer**" in plain
+    assert "without validation questions: NLL 0.700 against 0.800" in plain
+    assert f"**{DEFAULT_VALIDATED} loses against temperature scaling**" in validated
+    assert "target met" in plain.split("accuracy")[1]
+
+
+def test_overview_has_every_method_of_every_task():
+    runs = [
+        run_of("MAP", 1.0, "point"),
+        run_of("last", 0.8, "last layer"),
+        run_of("MAP", 2.0, "point", task="two"),
+        run_of("temperature", 1.5, "point", tuned=True, task="two"),
+    ]
+    lines = overview_table({task: rows(runs, task) for task in ("one", "two")}).splitlines()
+    assert lines[0] == "| method | one, NLL | one, ECE | two, NLL | two, ECE |"
+    assert lines[2:] == [
+        "| MAP ° | 1.000 | 0.100 | 2.000 | 0.200 |",
+        "| temperature |  |  | **1.500** | **0.150** |",
+        "| last ° | **0.800** | **0.080** |  |  |",
+    ]
 
 
 def test_mutual_information_against_sampling():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from laplace_llm.benchmark.calibration import methods as _methods  # noqa: F401  # registers them
-from laplace_llm.benchmark.calibration import stored
 from laplace_llm.benchmark.calibration.plan import (
     Options,
     load_plugin,
@@ -52,21 +51,18 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace, arguments: 
         if args.list:
             _list()
             return
-        path, came_from = args.out / "results.jsonl", args.out / "command.txt"
+        path = args.out / "results.jsonl"
         if args.report_only:
             runs = list(Results(path).read().values())
         else:
-            stored.write_text(came_from, shlex.join([*shlex.split(COMMAND), *arguments]) + "\n")
-            runs = _run(args)
+            runs = _run(args, shlex.join([*shlex.split(COMMAND), *arguments]))
     except LaplaceLLMError as error:
         parser.error(str(error))
     if not runs:
         parser.error(f"Expected runs in {path}, but there are none.")
     from laplace_llm.benchmark.calibration.report import write_report
 
-    # A report alone is of the last command that ran.
-    command = came_from.read_text().strip() if came_from.exists() else COMMAND
-    print(write_report(runs, args.out, command))
+    print(write_report(runs, args.out))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> list[Run]:
+def _run(args: argparse.Namespace, command: str) -> list[Run]:
     from laplace_llm.benchmark.calibration.runner import Runner
 
     defaults = QUICK if args.quick else FULL
@@ -122,6 +118,7 @@ def _run(args: argparse.Namespace) -> list[Run]:
         all_data=not (args.no_all_data or args.quick),
         quick=args.quick,
         save_predictions=args.save_predictions,
+        command=command,
     )
     methods = select_methods(options.methods, options.quick)
     runner = Runner(options, select_tasks(options.tasks), methods)

@@ -40,6 +40,7 @@ class Options:
     all_data: bool = True
     quick: bool = False
     save_predictions: bool = False
+    command: str = ""
 
     @property
     def protocols(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +38,7 @@ COVERAGE = (
 )
 
 
-def write_report(runs: list[Run], out: Path, command: str) -> str:
+def write_report(runs: list[Run], out: Path) -> str:
     """Write ``report.md`` and the plots; return where they are and the summary.
 
     Parameters
@@ -45,8 +46,6 @@ def write_report(runs: list[Run], out: Path, command: str) -> str:
     runs : list[Run]
     out : Path
         The folder.
-    command : str
-        What they came from.
     """
     tasks = list(dict.fromkeys(run.task for run in runs))
     plots: dict[str, list[str]] = {task: [] for task in tasks}
@@ -55,9 +54,11 @@ def write_report(runs: list[Run], out: Path, command: str) -> str:
 
         plots = {task: draw(rows(runs, task), task, out) for task in tasks}
     short = "\n".join(line for task in tasks for line in in_short(runs, task))
-    parts = ["# Calibration benchmark", *setup(runs, command)]
+    parts = ["# Calibration benchmark", *setup(runs)]
     if short:
         parts += ["## In short", short]
+    if len(tasks) > 1:
+        parts += ["## Overview", tables.overview_table({t: rows(runs, t) for t in tasks}), LEGEND]
     for task in tasks:
         parts += section(runs, task, plots[task])
     parts += not_run(runs)
@@ -66,8 +67,8 @@ def write_report(runs: list[Run], out: Path, command: str) -> str:
     return f"{short}\n\nReport: {path}".strip()
 
 
-def setup(runs: list[Run], command: str) -> list[str]:
-    """Return the command, the versions and the sizes."""
+def setup(runs: list[Run]) -> list[str]:
+    """Return the commands, the sizes and the versions."""
     versions = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -75,27 +76,40 @@ def setup(runs: list[Run], command: str) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     settings = runs[0].settings
-    seeds = sorted({run.seed for run in runs})
-    sizes = (
+    made = (
         f"{settings['model']}, LoRA of rank {settings['rank']} on "
-        f"{', '.join(settings['targets'])}; {settings['train'] - settings['val']} training, "
-        f"{settings['val']} validation and at most {settings['test']} test questions; seeds "
-        f"{', '.join(map(str, seeds))}; on {settings['device']}."
+        f"{', '.join(settings['targets'])}; on {settings['device']}."
     )
-    return [f"```bash\n{command}\n```", sizes, "; ".join(versions) + "."]
+    tasks: dict[str, list[str]] = {}
+    for task in dict.fromkeys(run.task for run in runs):
+        some = [run for run in runs if run.task == task]
+        at, seeds = some[0].settings, sorted({run.seed for run in some})
+        size = (
+            f"{at['train'] - at['val']} training, {at['val']} validation and at most "
+            f"{at['test']} test questions, seeds {', '.join(map(str, seeds))}."
+        )
+        tasks.setdefault(size, []).append(task)
+    sizes = [f"{', '.join(names)}: {size}" for size, names in tasks.items()]
+    commands = "\n".join(dict.fromkeys(run.command for run in runs if run.command))
+    return [f"```bash\n{commands}\n```", " ".join([made, *sizes]), "; ".join(versions) + "."]
 
 
 def in_short(runs: list[Run], task: str) -> list[str]:
-    """Return how Laplace-LoRA's defaults do against the best other single-model method."""
+    """Return how Laplace-LoRA's defaults do against the best single-model method of like means."""
     lines = []
     for protocol in PROTOCOLS:
         table = rows(runs, task, protocol)
-        other = best(table, lambda row: row.single_model and row.group != "LoRA Laplace")
-        for name in (DEFAULT, DEFAULT_VALIDATED):
-            if name in table and other is not None:
-                where = task if protocol == PROTOCOLS[0] else f"{task}, trained on all data"
-                lines.append(f"- {where}: {_sentence(table, table[name], other)}")
+        where = task if protocol == PROTOCOLS[0] else f"{task}, trained on all data"
+        for ours in (table[name] for name in (DEFAULT, DEFAULT_VALIDATED) if name in table):
+            other = best(table, partial(_is_rival, ours))
+            if other is not None:
+                lines.append(f"- {where}: {_sentence(table, ours, other)}")
     return lines
+
+
+def _is_rival(ours: Row, row: Row) -> bool:
+    """Whether a method is of one model and not ours, and needs no data that ours does not."""
+    return row.single_model and row.group != ours.group and (ours.tuned or not row.tuned)
 
 
 def _sentence(table: dict[str, Row], row: Row, other: Row) -> str:
@@ -108,10 +122,11 @@ def _sentence(table: dict[str, Row], row: Row, other: Row) -> str:
         "higher": f"**{row.method} loses against {other.method}**",
         "tie": f"{row.method} ties with {other.method}",
     }[found.verdict]
+    means = "" if row.tuned else " without validation questions"
     text = (
-        f"{words}, the best of the other single-model methods: NLL {mean(row.metric('NLL')):.3f} "
-        f"against {mean(other.metric('NLL')):.3f} (95 % interval of the difference "
-        f"{found.low:+.3f} to {found.high:+.3f})."
+        f"{words}, the best of the other single-model methods{means}: NLL "
+        f"{mean(row.metric('NLL')):.3f} against {mean(other.metric('NLL')):.3f} (95 % interval of "
+        f"the difference {found.low:+.3f} to {found.high:+.3f})."
     )
     return f"{text} {_targets(row, table[MAP_NAME])}" if MAP_NAME in table else text
 

@@ -55,6 +55,8 @@ class Run:
         Of the method.
     absent : dict[str, str]
         Out-of-distribution sets that there are no questions of, and why.
+    command : str
+        What it came from.
     """
 
     task: str
@@ -74,6 +76,7 @@ class Run:
     note: str = ""
     coverage_reason: str = ""
     absent: dict[str, str] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def key(self) -> Key:

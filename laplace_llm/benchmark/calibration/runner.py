@@ -107,7 +107,9 @@ class Runner:
 
     def _blank(self, key: Key) -> Run:
         method, settings = self.methods[key.method], self.settings[key.task]
-        return Run(*key, method.group, method.tuned, method.single_model, settings)
+        run = Run(*key, method.group, method.tuned, method.single_model, settings)
+        run.command = self.options.command
+        return run
 
     def _questions(self, task: Task, seed: int, protocol: str) -> Questions:
         o = self.options

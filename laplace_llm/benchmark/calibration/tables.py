@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from laplace_llm.benchmark.calibration.bootstrap import Difference, paired_bootstrap
+from laplace_llm.benchmark.calibration.method import GROUPS
 from laplace_llm.benchmark.calibration.metrics import METRICS, SCORES, ood_auroc
 from laplace_llm.benchmark.calibration.summary import Row, mean, paired, standard_error
 
@@ -51,6 +52,21 @@ def metric_table(table: dict[str, Row], all_data: dict[str, Row]) -> str:
         few = "" if len(row.runs) == most else f" ({len(row.runs)} of {most} seeds)"
         mark = "" if row.tuned else " °"
         lines.append([f"{name}{mark}{few}", *(column.get(name, "") for column in columns.values())])
+    return markdown(["method", *columns], lines)
+
+
+def overview_table(by_task: Mapping[str, dict[str, Row]]) -> str:
+    """Return NLL and ECE of every method on every task."""
+    columns = {}
+    for task, table in by_task.items():
+        for name in ("NLL", "ECE"):
+            values = {m: row.metric(name) for m, row in table.items()}
+            columns[f"{task}, {name}"] = cells(values, *METRICS[name])
+    every = {m: row for table in by_task.values() for m, row in table.items()}
+    lines = [
+        [m if row.tuned else f"{m} °", *(column.get(m, "") for column in columns.values())]
+        for m, row in sorted(every.items(), key=lambda item: GROUPS.index(item[1].group))
+    ]
     return markdown(["method", *columns], lines)
 
 
