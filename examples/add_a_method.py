@@ -2,7 +2,7 @@
 
     python -m laplace_llm.benchmark calibration --quick --plugin examples/add_a_method.py
 
-`fit` gets a problem: a trained model under its head, and labelled batches. `predict` returns
+`fit` gets a problem: a trained model under its head, its logits, and labelled batches. `predict` returns
 probabilities (B, C), or (S, B, C) of S samples. The rest comes by itself: rows in every table,
 costs, resuming, a row with the error if it fails. See `Method` and `Problem` for all there is.
 """
@@ -32,9 +32,8 @@ class VectorScaling(Method):
 
     def fit(self, problem: Problem) -> None:
         """Minimise the NLL of the validation questions, with a little weight decay."""
-        self.head = problem.head
-        with torch.no_grad():
-            logits = torch.cat([self.head(batch) for batch in problem.val])
+        self.problem = problem
+        logits = torch.cat([problem.logits(batch) for batch in problem.val])
         labels = torch.cat([batch["labels"] for batch in problem.val]).to(logits.device)
         scale = torch.ones_like(logits[0], requires_grad=True)
         bias = torch.zeros_like(logits[0], requires_grad=True)
@@ -51,7 +50,6 @@ class VectorScaling(Method):
         self.scale, self.bias = scale.detach(), bias.detach()
         self.extra_parameters = len(scale) + len(bias)
 
-    @torch.no_grad()
     def predict(self, batch: Any) -> Tensor:
         """Return probabilities (B, C)."""
-        return torch.softmax(self.head(batch) * self.scale + self.bias, -1)
+        return torch.softmax(self.problem.logits(batch) * self.scale + self.bias, -1)

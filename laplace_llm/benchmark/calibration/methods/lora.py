@@ -112,6 +112,7 @@ class LoraSWAG(AdapterEnsemble):
 
     name = "SWAG over LoRA"
     single_model: ClassVar[bool] = False
+    quick: ClassVar[bool] = False
     n_samples: ClassVar[int] = 10
     n_iterates: ClassVar[int] = 20
 
@@ -139,6 +140,7 @@ class IVON(AdapterEnsemble):
 
     name = "IVON"
     single_model: ClassVar[bool] = False
+    quick: ClassVar[bool] = False
     requires: ClassVar[dict[str, str]] = {"ivon": "ivon-opt>=0.1.3"}
     n_samples: ClassVar[int] = 10
     lr_factor: ClassVar[float] = 0.03 / 5e-5
