@@ -2,9 +2,9 @@
 
     python -m laplace_llm.benchmark calibration --quick --plugin examples/add_a_method.py
 
-`fit` gets a problem: a trained model under its head, its logits, and labelled batches. `predict` returns
-probabilities (B, C), or (S, B, C) of S samples. The rest comes by itself: rows in every table,
-costs, resuming, a row with the error if it fails. See `Method` and `Problem` for all there is.
+`fit` gets a problem: a trained model under its head, its logits, labelled batches. `predict`
+returns probabilities (B, C), or (S, B, C) of S samples. The rest comes by itself: rows in every
+table, costs, resuming, a row with the error if it fails. See `Method` and `Problem` for more.
 """
 
 from __future__ import annotations
