@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import laplace_llm
 from laplace_llm.benchmark.calibration import command, hub, method, metrics, training
 from laplace_llm.benchmark.calibration.bootstrap import Difference, paired_bootstrap
+from laplace_llm.benchmark.calibration.costs import Meter
 from laplace_llm.benchmark.calibration.method import (
     Method,
     NotApplicable,
@@ -32,7 +34,7 @@ from laplace_llm.benchmark.calibration.methods.laplace_lora import (
     mutual_information,
 )
 from laplace_llm.benchmark.calibration.methods.point import fit_temperature
-from laplace_llm.benchmark.calibration.plan import select_methods, select_tasks
+from laplace_llm.benchmark.calibration.plan import Options, select_methods, select_tasks
 from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.report import in_short
 from laplace_llm.benchmark.calibration.results import Key, Results, Run
@@ -383,6 +385,28 @@ def test_overview_has_every_method_of_every_task():
     ]
 
 
+def test_the_best_is_one_of_those_with_all_seeds():
+    column = {"whole": [0.5, 0.7], "lucky": [0.1], "worse": [0.9, 0.9]}
+    texts = cells(column, ".3f", higher=False)
+    assert texts["whole"].startswith("**0.600")
+    assert texts["lucky"] == "0.100"
+
+
+def test_other_data_and_exact_rates_make_other_runs(tmp_path):
+    options = Options(
+        ("trec",), (), (0,), "model", tmp_path, "cpu", 4, 2, 2, 8, ("q_proj",), tmp_path
+    )
+    task = Task("trec", lr=1 / 3000)
+    settings = options.settings(task)
+    other = replace(options, data_dir=tmp_path / "other")
+    assert other.settings(task) != settings
+    results = Results(tmp_path / "results.jsonl")
+    run = Run("trec", 0, "held out", "MAP", "point", False, True, settings)
+    results.append(run)
+    assert results.done({"trec": settings}) == {run.key}
+    assert not results.done({"trec": other.settings(task)})
+
+
 def test_mutual_information_against_sampling():
     mean = torch.tensor([[0.5, -0.2, 0.1], [3.0, 0.0, -1.0]])
     root = torch.tensor([[1.0, 0, 0], [0.5, 0.7, 0], [0.1, 0.2, 0.3]])
@@ -433,16 +457,51 @@ def test_shared_work_is_charged_to_each_user():
     assert problem.charged == -cost.seconds
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured on Linux alone")
+class Counted(Meter):
+    """A meter whose allocator is a number."""
+
+    now = most = 0
+
+    def take(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def _memory(self):
+        return self.now
+
+    def _peak(self):
+        return self.most
+
+    def _reset(self):
+        self.most = self.now
+
+
 def test_memory_of_nested_work():
-    meter = tiny_problem().meter
+    meter = Counted(torch.device("cpu"))
+    meter.take(1000)
     with meter.measure() as outer:
-        big = torch.ones(20_000_000)
-        del big
+        meter.take(50)
         with meter.measure() as inner:
-            torch.ones(5_000_000).sum()
-    assert outer.memory > 70e6
-    assert 15e6 < inner.memory < 60e6
+            meter.take(20)
+            meter.take(-20)
+        meter.take(-50)
+        with meter.measure() as little:
+            meter.take(3)
+    assert (outer.memory, inner.memory, little.memory) == (70, 20, 3)
+
+
+def test_hidden_memory_is_nobodys():
+    meter = Counted(torch.device("cpu"))
+    with meter.measure() as outer:
+        meter.take(5)
+        with meter.hidden():
+            meter.take(500)
+            with meter.measure() as within:
+                meter.take(30)
+                meter.take(-30)
+            meter.take(-400)  # the rest is kept for others
+        meter.take(2)
+    assert (outer.memory, within.memory) == (7, 30)
 
 
 def test_features(tmp_path):

@@ -41,14 +41,14 @@ def leave_one_out(
     model instead (`held_out`). Its features have seen the labels all the same, so that too few of
     its answers are wrong; label smoothing makes up for that (`smoothed_nll`). For regression the
     loss is the Gaussian negative log likelihood. Where there are validation examples, their own
-    losses are added, at twice the weight.
+    losses are added, at twice the weight of one that was left out.
 
     Parameters
     ----------
     la : LoraPredictive
         Gives the link, and the noise for regression.
     space : FunctionSpace
-        The training examples.
+        The training examples; of many, the first ones (`laplace_llm.kernel.MAX_OUTPUTS`).
     interval : Tensor
         (G,) prior precisions, ascending.
     link_approx, n_samples
@@ -77,7 +77,7 @@ def leave_one_out(
             for held, labels in validation:
                 loss = loss + _loss(la, held.at(index), labels, link_approx, n_samples, 0.0)
         losses.append(loss)
-    scores = torch.stack(losses).nan_to_num(torch.inf)
+    scores = torch.stack(losses).nan_to_num(torch.inf, posinf=torch.inf)
     if not bool(scores.isfinite().any()):
         raise PriorError(
             f"Expected a finite leave-one-out loss for at least one of {len(interval)} prior "

@@ -13,6 +13,7 @@ from laplace_llm._compat import default_loss, parent_marglik
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.function_space import FunctionSpace
 from laplace_llm.kernel import training_space
+from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.prediction import LoraPredictive
 from laplace_llm.taps import Batch
 from laplace_llm.tuning.evidence import linear_mode_evidence, warn_if_unsure
@@ -56,8 +57,9 @@ class LoraTuned(LoraPredictive):
 
         Unlike in the parent, the default method is not the marginal likelihood, which makes
         models that have learnt something far too uncertain: it is ``'loo'``, which learns from a
-        `val_loader` what there is to learn, too. Only where a `loss`, ``pred_type='nn'`` or missing
-        training data rule that out, and there is a `val_loader`, it is ``'gridsearch'``.
+        `val_loader` what there is to learn, too. Only where a `loss`, ``pred_type='nn'``, missing
+        training data or a link that sees more than differences between logits (``'probit'``,
+        ``'bridge'``) rule that out, and there is a `val_loader`, it is ``'gridsearch'``.
 
         Parameters
         ----------
@@ -77,9 +79,11 @@ class LoraTuned(LoraPredictive):
         val_loader, loss, n_samples, verbose, progress_bar
             As in the parent; ``'loo'`` takes no loss.
         log_prior_prec_min, log_prior_prec_max, grid_size, log_prior_prec_base
-            The grid, as in the parent; ``'val_grad'`` stays between its bounds.
+            The grid, as in the parent; ``'loo'`` takes about a third of 100 values, ``'val_grad'``
+            stays between its bounds.
         link_approx : str, default='qmc'
-            The link whose predictions are scored; see `__call__`.
+            The link whose predictions are scored; see `__call__`. ``'loo'`` knows logits up to what
+            they share, and gives the other links centred ones.
         train_loader : Iterable, optional
             Training data for ``'loo'`` and ``evidence='linear_mode'``; default: what `fit` was
             given, unless some of that was an iterator, which is used up by then.
@@ -97,6 +101,7 @@ class LoraTuned(LoraPredictive):
         self._check_H_init()
         if method is None:
             other = loss is not None or pred_type != "glm"
+            other |= link_approx not in (*OF_DIFFERENCES, "mc")
             untrained = train_loader is None and self._train_loaders is None
             method = "gridsearch" if val_loader is not None and (other or untrained) else "loo"
         bounds = (log_prior_prec_base**log_prior_prec_min, log_prior_prec_base**log_prior_prec_max)

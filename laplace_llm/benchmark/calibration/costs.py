@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -23,34 +19,42 @@ class Cost:
     seconds : float
         Of wall-clock time.
     memory : int
-        Most bytes in use at once, beside those in use when it began; 0 where that is unknown
-        (without a GPU it takes Linux).
+        Most bytes in use at once, beside those in use when it began; 0 without a GPU.
     """
 
     seconds: float = 0.0
     memory: int = 0
 
 
+@dataclass
+class _Piece:
+    """A piece of work under way: bytes in use when it began, and at most since then."""
+
+    before: int
+    peak: int
+
+
 class Meter:
     """Measures nested pieces of work on one device.
 
-    Memory has one peak for the whole process, which is set back whenever a piece of work begins
-    or ends; what it was is noted for all pieces that are under way.
+    Memory is the GPU allocator's, which has one peak for the whole process; it is set back whenever
+    a piece of work begins or ends, and noted for all pieces that are under way. A CPU's allocator
+    keeps and hands out again what was freed, so that the process's size says little of a piece of
+    work; ``benchmark speed`` measures it in processes of their own.
 
     Parameters
     ----------
     device : torch.device
-        A GPU's memory is the allocator's, a CPU's the resident memory of the process.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._peaks: list[int] = []
+        self._pieces: list[_Piece] = []
 
     @property
     def sees_memory(self) -> bool:
         """Whether memory is measured here."""
-        return self.device.type == "cuda" or _CLEAR.exists()
+        return self.device.type == "cuda"
 
     @contextmanager
     def measure(self) -> Iterator[Cost]:
@@ -58,56 +62,48 @@ class Meter:
         cost = Cost()
         self._note()
         start, before = self._time(), self._memory()
-        self._peaks.append(before)
+        piece = _Piece(before, before)
+        self._pieces.append(piece)
         try:
             yield cost
         finally:
             self._note()
             cost.seconds = self._time() - start
-            cost.memory = max(self._peaks.pop() - before, 0)
+            self._pieces.pop()
+            cost.memory = max(piece.peak - piece.before, 0)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Let no piece of work that is under way see the memory of the block."""
+        """Let no piece of work that is under way see the block's memory, nor what it leaves."""
         self._note()
-        peaks, self._peaks = self._peaks, []
+        pieces, self._pieces, before = self._pieces, [], self._memory()
         try:
             yield
         finally:
+            grown = self._memory() - before
+            for piece in pieces:
+                piece.before += grown
+                piece.peak += grown
             self._reset()
-            self._peaks = peaks
+            self._pieces = pieces
 
     def _note(self) -> None:
         peak = self._peak()
-        self._peaks = [max(other, peak) for other in self._peaks]
+        for piece in self._pieces:
+            piece.peak = max(piece.peak, peak)
         self._reset()
 
     def _time(self) -> float:
-        if self.device.type == "cuda":
+        if self.sees_memory:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def _memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _from_status("VmRSS")
+        return torch.cuda.memory_allocated(self.device) if self.sees_memory else 0
 
     def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _from_status("VmHWM")
+        return torch.cuda.max_memory_allocated(self.device) if self.sees_memory else 0
 
     def _reset(self) -> None:
-        if self.device.type == "cuda":
+        if self.sees_memory:
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR.exists():
-            with suppress(OSError):  # not allowed here: the peak is then the whole process's
-                _CLEAR.write_text("5")
-
-
-def _from_status(key: str) -> int:
-    """Return an entry of Linux's account of this process, in bytes."""
-    if not _STATUS.exists():
-        return 0
-    found = re.search(rf"{key}:\s+(\d+) kB", _STATUS.read_text())
-    return 1024 * int(found[1]) if found else 0

@@ -51,6 +51,7 @@ class Options:
         """Return what makes a run another one, as it comes back from a file."""
         names = ("model", "train", "val", "test", "rank", "targets")
         chosen = {name: getattr(self, name) for name in names} | {"recipe": asdict(task)}
+        chosen["data_dir"] = self.data_dir and str(self.data_dir.resolve())
         # Costs are part of a result, so another device makes another run.
         return json.loads(json.dumps(chosen | {"device": hardware(self.device)}))
 

@@ -98,7 +98,8 @@ class Posteriors:
         """Return the prior precision (1,) that a choice's rule chooses."""
         la = self.fitted(choice.variant)
         key = f"Laplace {choice.variant.name}, {choice.rule}, {choice.link}"
-        return self.problem.share(key, lambda: self._choose(la, choice)).reshape(1)
+        value = self.problem.share(key, lambda: self._choose(la, choice))
+        return value.reshape(1).to(la._device, la._dtype)
 
     def _choose(self, la: Any, choice: Choice) -> Tensor:
         problem, link = self.problem, choice.link

@@ -99,7 +99,8 @@ class Results:
     def append(self, run: Run) -> None:
         """Add a run, in one write."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(_rounded(asdict(run)), separators=(",", ":")) + "\n"
+        entry = _rounded(asdict(run)) | {"settings": run.settings}
+        line = json.dumps(entry, separators=(",", ":")) + "\n"
         # After a kill in the middle of a line, the next one must not continue it.
         start = "" if self._ends_whole() else "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -132,7 +132,9 @@ class Runner:
         chosen = options.settings(task)
         # The validation questions have a part in what is kept, too: their features.
         made_of = fingerprint(
-            *(chosen[key] for key in ("model", "recipe", "rank", "targets")), rows.train, rows.val
+            *(chosen[key] for key in ("model", "recipe", "rank", "targets", "device")),
+            rows.train,
+            rows.val,
         )
         folder = options.out / "cache" / f"{task.name}-{seed}-{made_of}"
         adapter = trainer.cached(folder / "adapter.safetensors", seed)

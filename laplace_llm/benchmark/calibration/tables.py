@@ -20,9 +20,13 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def cells(column: Mapping[str, Sequence[float]], form: str, higher: bool) -> dict[str, str]:
-    """Return ``mean ± standard error`` by method, those that print like the best in bold."""
+    """Return ``mean ± standard error`` by method, those that print like the best in bold.
+
+    The best is one of those with the most seeds.
+    """
     means = {name: mean(values) for name, values in column.items()}
-    known = [value for value in means.values() if math.isfinite(value)]
+    most = max(map(len, column.values()), default=0)
+    known = [v for name, v in means.items() if math.isfinite(v) and len(column[name]) == most]
     top = (max if higher else min)(known, default=math.nan)
     texts = {}
     for name, value in means.items():
@@ -31,7 +35,8 @@ def cells(column: Mapping[str, Sequence[float]], form: str, higher: bool) -> dic
             continue
         error = standard_error(column[name])
         text = f"{value:{form}}" + (f" ± {error:{form}}" if math.isfinite(error) else "")
-        texts[name] = f"**{text}**" if f"{value:{form}}" == f"{top:{form}}" else text
+        best = len(column[name]) == most and f"{value:{form}}" == f"{top:{form}}"
+        texts[name] = f"**{text}**" if best else text
     return texts
 
 
@@ -63,6 +68,11 @@ def overview_table(by_task: Mapping[str, dict[str, Row]]) -> str:
             values = {m: row.metric(name) for m, row in table.items()}
             columns[f"{task}, {name}"] = cells(values, *METRICS[name])
     every = {m: row for table in by_task.values() for m, row in table.items()}
+    for task, table in by_task.items():
+        most = max(len(row.runs) for row in table.values())
+        for m, row in table.items():
+            if len(row.runs) < most:
+                columns[f"{task}, NLL"][m] += f" ({len(row.runs)} of {most} seeds)"
     lines = [
         [m if row.tuned else f"{m} °", *(column.get(m, "") for column in columns.values())]
         for m, row in sorted(every.items(), key=lambda item: GROUPS.index(item[1].group))

@@ -47,7 +47,8 @@ class LaplaceLora(Method):
         self.posteriors = problem.share("Laplace posteriors", make)
         self.la = self.posteriors.fitted(self.choice.variant)
         self.extra_parameters = numbers_kept(self.la)
-        self.forward_passes = 1 + problem.n_classes
+        # The softmax does not see what logits share, unless the link is `probit`.
+        self.forward_passes = problem.n_classes + (self.choice.link == "probit")
         value = self.posteriors.chosen(self.choice)
         self.note = f"prior precision {float(value):.3g}"
 
