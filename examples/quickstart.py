@@ -66,15 +66,15 @@ def main() -> None:
     }
 
     # 3. The Laplace approximation over the LoRA weights: one pass over the training questions, and
-    # a prior precision from the training questions alone, from these and the validation questions,
-    # and, as laplace-torch does by default, from the marginal likelihood.
+    # a prior precision from the training questions alone (the default), from the validation
+    # questions, and, as laplace-torch does by default, from the marginal likelihood.
     la = Laplace(head, "classification", subset_of_weights="lora", hessian_structure="kron")
     la.fit(train_set, progress_bar=True)
     chosen = {}
     la.optimize_prior_precision(progress_bar=True)
     chosen["leave-one-out"] = la.prior_precision.item()
     la.optimize_prior_precision(val_loader=val_set, progress_bar=True)
-    chosen["and validation"] = la.prior_precision.item()
+    chosen["grid search"] = la.prior_precision.item()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The marginal likelihood chose")
         la.optimize_prior_precision(method="marglik")

@@ -71,7 +71,7 @@ def test_no_other_method_warns():
     la.optimize_prior_precision(**GRID)
     la.optimize_prior_precision(method="marglik", evidence="linear_mode", **GRID)
     one = {"log_prior_prec_min": -4, "log_prior_prec_max": -4, "grid_size": 1}
-    la.optimize_prior_precision(method="gridsearch", val_loader=val(), **one)
+    la.optimize_prior_precision(val_loader=val(), **one)
 
 
 def test_marglik_never_warns_of_regression():

@@ -95,11 +95,10 @@ def test_tuning_passes_over_the_data_once(link, backwards):
     batches = [letter_batch(4, seed=2), letter_batch(3, seed=3)]
     passes = 2 * (3 if link == "probit" else 2)
     backwards.clear()
-    options = {"val_loader": batches, "link_approx": link}
-    la.optimize_prior_precision(method="gridsearch", grid_size=7, **options)
+    la.optimize_prior_precision(val_loader=batches, link_approx=link, grid_size=7)
     assert len(backwards) == passes
     backwards.clear()
-    la.optimize_prior_precision(method="val_grad", n_steps=3, **options)
+    la.optimize_prior_precision(method="val_grad", val_loader=batches, link_approx=link, n_steps=3)
     assert len(backwards) == passes
 
 
@@ -115,9 +114,7 @@ def test_the_grid_search_chooses_what_separate_passes_choose(link):
         probabilities = torch.cat([la(inputs_of(batch), link_approx=link) for batch in batches])
         losses.append(torch.nn.functional.nll_loss(probabilities.log(), labels))
     la.prior_precision = 1.0
-    la.optimize_prior_precision(
-        method="gridsearch", val_loader=batches, link_approx=link, grid_size=25
-    )
+    la.optimize_prior_precision(val_loader=batches, link_approx=link, grid_size=25)
     assert la.prior_precision.item() == pytest.approx(interval[int(torch.stack(losses).argmin())])
 
 

@@ -29,9 +29,7 @@ def test_rules_choose_and_score_what_the_posterior_itself_does():
     for rule, options in {
         "loo (default)": {},
         "marglik, linear mode": {"method": "marglik", "evidence": "linear_mode"},
-        "loo and 50 (default)": {"val_loader": tiny.loaders["val"]},
         "gridsearch on 50": {
-            "method": "gridsearch",
             "val_loader": tiny.loaders["val"],
             "log_prior_prec_max": 5,
             "grid_size": len(GRID),

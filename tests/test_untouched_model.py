@@ -68,8 +68,6 @@ USES = {
     "fit": lambda la: la.fit(loader()),
     "fit more": lambda la: la.fit(loader(), override=False),
     "marglik": lambda la: la.optimize_prior_precision(method="marglik", n_steps=2),
-    "loo": lambda la: la.optimize_prior_precision(val_loader=loader(), grid_size=3),
-    "loo mc": lambda la: la.optimize_prior_precision(val_loader=loader(), grid_size=3, **MC),
     "grid glm": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID),
     "grid mc": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID, **MC),
     "grid nn": lambda la: la.optimize_prior_precision(val_loader=loader(), **GRID, **NN),

@@ -112,7 +112,7 @@ def test_val_grad_without_steps_is_a_grid_search():
     values = torch.logspace(-2, 3, 61)
     fine = {**GRID, "grid_size": 61}
     other = fitted()
-    other.optimize_prior_precision(method="gridsearch", val_loader=val(), **fine)
+    other.optimize_prior_precision(val_loader=val(), **fine)
     torch.testing.assert_close(la.prior_precision, other.prior_precision)
     assert float(la.prior_precision) in (pytest.approx(float(value)) for value in values)
 

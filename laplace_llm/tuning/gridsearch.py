@@ -62,7 +62,8 @@ def gridsearch(
     if not len(interval):
         raise OptionError("Expected grid_size >= 1, but the grid is empty.")
     if pred_type == "glm":
-        batches = validation_moments(la, interval, val_loader, link_approx, progress_bar)
+        centred = link_approx in OF_DIFFERENCES and la._predicts_classes(fitting=True)
+        batches = _moments(la, interval, val_loader, centred, progress_bar)
 
         def at(index: int) -> list[tuple[Moments, Tensor]]:
             return [(moments.at(index), y) for moments, y in batches]
@@ -118,11 +119,10 @@ def _best(
     return interval[best]
 
 
-def validation_moments(
-    la: LoraPredictive, interval: Tensor, loader: Any, link_approx: str, progress_bar: bool = False
+def _moments(
+    la: LoraPredictive, interval: Tensor, loader: Any, centred: bool, progress_bar: bool
 ) -> list[tuple[Moments, Tensor]]:
-    """Return the moments (G, B, C, C) that a link needs, and the labels, of every batch."""
-    centred = link_approx in OF_DIFFERENCES and la._predicts_classes(fitting=True)
+    """Return the moments (G, B, C, C) and labels of every batch."""
     results = []
     for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
         moments = la.moments_grid(x, interval, centred=centred)

@@ -13,12 +13,11 @@ from laplace_llm._compat import default_loss, parent_marglik
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.function_space import FunctionSpace
 from laplace_llm.kernel import training_space
-from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.prediction import LoraPredictive
 from laplace_llm.taps import Batch
 from laplace_llm.tuning.evidence import linear_mode_evidence, warn_if_unsure
-from laplace_llm.tuning.gridsearch import gridsearch, validation_moments
-from laplace_llm.tuning.leave_one_out import leave_one_out, thinned
+from laplace_llm.tuning.gridsearch import gridsearch
+from laplace_llm.tuning.leave_one_out import leave_one_out
 from laplace_llm.tuning.val_grad import val_grad
 
 Method = Literal["loo", "gridsearch", "val_grad", "marglik"]
@@ -56,23 +55,20 @@ class LoraTuned(LoraPredictive):
         """Choose the prior precision; the parent's arguments, and two more.
 
         Unlike in the parent, the default method is not the marginal likelihood, which makes
-        models that have learnt something far too uncertain: it is ``'loo'``, which learns from a
-        `val_loader` what there is to learn, too. Only where a `loss`, ``pred_type='nn'``, missing
-        training data or a link that sees more than differences between logits (``'probit'``,
-        ``'bridge'``) rule that out, and there is a `val_loader`, it is ``'gridsearch'``.
+        models that have learnt something far too uncertain: it is ``'gridsearch'`` where there is
+        a `val_loader`, and ``'loo'`` where there is none.
 
         Parameters
         ----------
         pred_type : {'glm', 'nn'}, default='glm'
             The predictive that a grid search evaluates.
         method : {'loo', 'gridsearch', 'val_grad', 'marglik'}, optional
-            ``'loo'``: leave-one-out on the training data, in one pass over it, and the loss on
-            `val_loader`, if given, in another (`laplace_llm.tuning.leave_one_out`).
-            ``'gridsearch'``: the parent's, in one pass over `val_loader`. ``'val_grad'``: gradient
-            descent on the validation loss, also from one pass; the way to a precision per tensor
-            (``prior_structure='layerwise'``). ``'marglik'``: the parent's marginal likelihood;
-            warns once if the chosen value takes away more than 0.2 of the mean confidence on
-            training examples.
+            ``'loo'``: leave-one-out on the training data, in one pass over it and without any
+            other data (`laplace_llm.tuning.leave_one_out`). ``'gridsearch'``: the parent's, in one
+            pass over `val_loader`. ``'val_grad'``: gradient descent on the validation loss, also
+            from one pass; the way to a precision per tensor (``prior_structure='layerwise'``).
+            ``'marglik'``: the parent's marginal likelihood; warns once if the chosen value takes
+            away more than 0.2 of the mean confidence on training examples.
         n_steps, lr, init_prior_prec, prior_structure
             Of ``'marglik'``, as in the parent. ``'val_grad'`` takes `n_steps` and `lr` too, starts
             from the best scalar, and knows the structures ``'scalar'`` and ``'layerwise'``.
@@ -99,11 +95,7 @@ class LoraTuned(LoraPredictive):
             As in the parent. After any error the prior precision is what it was.
         """
         self._check_H_init()
-        if method is None:
-            other = loss is not None or pred_type != "glm"
-            other |= link_approx not in (*OF_DIFFERENCES, "mc")
-            untrained = train_loader is None and self._train_loaders is None
-            method = "gridsearch" if val_loader is not None and (other or untrained) else "loo"
+        method = method or ("loo" if val_loader is None else "gridsearch")
         bounds = (log_prior_prec_base**log_prior_prec_min, log_prior_prec_base**log_prior_prec_max)
         interval = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
@@ -142,12 +134,9 @@ class LoraTuned(LoraPredictive):
                     n_steps, lr, progress_bar,
                 )  # fmt: skip
             elif method == "loo":
-                interval = thinned(interval)
                 self.prior_precision = leave_one_out(
-                    self, self._training_space(train_loader, progress_bar), interval, link_approx,
-                    n_samples,
-                    () if val_loader is None
-                    else validation_moments(self, interval, val_loader, link_approx, progress_bar),
+                    self, self._training_space(train_loader, progress_bar), interval,
+                    link_approx, n_samples,
                 )  # fmt: skip
             elif method == "marglik" and evidence == "linear_mode":
                 self.prior_precision = linear_mode_evidence(

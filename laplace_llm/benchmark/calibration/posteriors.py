@@ -17,14 +17,13 @@ from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.shared_pass import Member, Part, shared_pass
 from laplace_llm.kernel import training_space
 from laplace_llm.moments import Moments
-from laplace_llm.tuning.leave_one_out import leave_one_out, thinned
+from laplace_llm.tuning.leave_one_out import leave_one_out
 from laplace_llm.tuning.val_grad import NODES_PER_DECADE, descend
 
 # Those of `optimize_prior_precision`, of its grids and of its interpolation.
 GRID = torch.logspace(-4, 4, 100)
-LOO_GRID = thinned(GRID)
 NODES = torch.logspace(-4, 4, 8 * NODES_PER_DECADE + 1)
-GRIDS = {"gridsearch": GRID, "loo and validation": LOO_GRID, "val_grad": NODES}
+GRIDS = {"gridsearch": GRID, "val_grad": NODES}
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ class Posteriors:
         problem, link = self.problem, choice.link
         if choice.rule == "loo":
             # What each example looks like from the others has nothing to do with the structure.
-            return problem.share(f"loo, {link}", lambda: self._leave_one_out(la, link))
+            space = problem.share("training space", lambda: training_space(la, problem.train))
+            interval = GRID.to(la._device, la._dtype)
+            return problem.share(f"loo, {link}", lambda: leave_one_out(la, space, interval, link))
         if choice.rule == "marglik":
             return _marginal_likelihood(la)
         moments = self._validation_moments(choice)
         labels = torch.cat([batch["labels"] for batch in problem.val]).to(la._device)
-        if choice.rule == "loo and validation":
-            return self._leave_one_out(la, link, [(moments, labels)])
 
         def loss(covariance: Tensor) -> Tensor:
             probs = la(Moments(moments.mean, covariance), link_approx=link)
@@ -121,12 +120,6 @@ class Posteriors:
             return descend(NODES, moments.covariance[:, None], loss)
         losses = torch.stack([loss(covariance) for covariance in moments.covariance])
         return GRID[int(losses.nan_to_num(torch.inf).argmin())]
-
-    def _leave_one_out(self, la: Any, link: str, validation: Any = ()) -> Tensor:
-        train = self.problem.train
-        space = self.problem.share("training space", lambda: training_space(la, train))
-        interval = LOO_GRID.to(la._device, la._dtype)
-        return leave_one_out(la, space, interval, link, validation=validation)
 
     def _validation_moments(self, choice: Choice) -> Moments:
         """Return a variant's moments under all values of a rule's grid."""

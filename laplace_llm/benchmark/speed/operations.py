@@ -19,7 +19,7 @@ from laplace_llm.benchmark.speed.floors import forwards, sweep
 from laplace_llm.benchmark.speed.presets import Problem
 from laplace_llm.kernel import training_space
 from laplace_llm.links import quasi_monte_carlo
-from laplace_llm.tuning.leave_one_out import leave_one_out, thinned
+from laplace_llm.tuning.leave_one_out import leave_one_out
 from laplace_llm.tuning.val_grad import NODES_PER_DECADE, descend
 
 VALIDATION_BATCHES = 2
@@ -221,7 +221,7 @@ def _val_grad(layerwise: bool) -> Callable[[Problem], Operation]:
 def _loo(problem: Problem) -> Operation:
     la = fitted(problem)
     space = training_space(la, _tuning_loader(problem))
-    interval = thinned(torch.logspace(-4, 4, 100))
+    interval = torch.logspace(-4, 4, 100)
     return Operation(lambda: leave_one_out(la, space, interval, "qmc"))
 
 

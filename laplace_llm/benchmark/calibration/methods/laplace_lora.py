@@ -24,9 +24,9 @@ from laplace_llm.sketch import DEFAULT_RANK
 from laplace_llm.structures import STRUCTURES
 
 MAX_DENSE = 5_000  # weights of which all pairs are kept
-RULES_THAT_VALIDATE = ("loo and validation", "gridsearch", "val_grad")
+RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
 # What `optimize_prior_precision` does by default, without validation data and with it.
-DEFAULT, DEFAULT_VALIDATED = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, loo and validation"
+DEFAULT, DEFAULT_VALIDATED = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, gridsearch"
 
 _choices: dict[str, Choice] = {}
 
@@ -140,7 +140,7 @@ def _all_pairs(tensors: list[LoraTensor]) -> dict[str, Any]:
 
 def _register_all() -> None:
     kron = Variant("kron", "kron")
-    for rule in ("loo", "loo and validation", "gridsearch", "val_grad", "marglik"):
+    for rule in ("loo", "gridsearch", "val_grad", "marglik"):
         register_laplace(kron, rule)
     for link in ("probit", "mean_field", "mc"):
         register_laplace(kron, "loo", link)
@@ -150,16 +150,16 @@ def _register_all() -> None:
         "kron expand": lambda _: {"backend_kwargs": {"kfac_approx": "expand"}},
     }
     for name, options in backends.items():
-        for rule in ("loo", "loo and validation"):
+        for rule in ("loo", "gridsearch"):
             register_laplace(Variant(name, "kron", options), rule, quick=False)
     # Yang et al., ICLR 2024: this convention, with the marginal likelihood and Monte Carlo.
     asdl, needs = Variant("kron ASDL", "kron", _asdl), {"asdl": "asdfghjkl"}
-    for rule, link in (("loo", "qmc"), ("loo and validation", "qmc"), ("marglik", "mc")):
+    for rule, link in (("loo", "qmc"), ("gridsearch", "qmc"), ("marglik", "mc")):
         register_laplace(asdl, rule, link, quick=False, requires=needs)
     for structure in (cls._key[1] for cls in STRUCTURES):
         if structure != "kron":
             variant = Variant(structure, structure, _all_pairs if structure == "full" else None)
-            for rule in ("loo", "loo and validation"):
+            for rule in ("loo", "gridsearch"):
                 register_laplace(variant, rule)
 
 
