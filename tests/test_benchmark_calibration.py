@@ -585,8 +585,15 @@ def test_rows_of_the_hub():
         assert len(found) == len(asked) == len(hub.HUB[name].configs)
         assert found[0]["question"] == "q"
         assert found[0]["answer"] == answers.get(name, 1)
-    with pytest.raises(DataError, match=r"arc-easy\.test\.jsonl"):
-        hub.rows_from_hub("arc-easy", "test", lambda *_, **__: 1 / 0)
+
+
+def test_a_data_set_that_did_not_come_is_not_asked_for_again(monkeypatch):
+    monkeypatch.setattr(hub, "_absent", {})
+    asked = []
+    for name in ("arc-easy", "arc-challenge"):  # of one data set
+        with pytest.raises(DataError, match=rf"ZeroDivisionError.*{name}\.test\.jsonl"):
+            hub.rows_from_hub(name, "test", lambda *_, **__: asked.append(1) or 1 / 0)
+    assert len(asked) == 1
 
 
 def test_selecting_methods():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # A finer grid would resolve nothing that N leave-one-out losses can tell apart.
 GRID_SIZE = 33
 # The features have seen the labels, so that too few of the left-out answers are wrong: for so many
-# of the training labels, any class is taken to be as likely. Chosen from 0.01 to 0.05 on seven small
+# of the training labels, any class is taken to be as likely. Chosen from 0.01 to 0.05 on seven
 # cells of README's tasks; about as many labels of common data sets are wrong (Northcutt et al.,
 # NeurIPS 2021).
 LABEL_SMOOTHING = 0.03

@@ -82,6 +82,10 @@ HUB: dict[str, Source] = {
 }  # fmt: skip
 
 
+# Why a data set did not come: the Hub's client tries for half a minute, each time it is asked.
+_absent: dict[str, str] = {}
+
+
 def rows_from_hub(
     name: str, split: str, load_dataset: Callable[..., Any] | None = None
 ) -> list[Row]:
@@ -110,10 +114,13 @@ def rows_from_hub(
     source = HUB[name]
     wanted = source.test if split == "test" else split
     try:
+        if source.dataset in _absent:
+            raise ConnectionError(_absent[source.dataset])
         parts = [load_dataset(source.dataset, config, split=wanted) for config in source.configs]
     except Exception as error:  # of many kinds: no network, no such data set, no permission
+        why = _absent.setdefault(source.dataset, f"{type(error).__name__}: {error}")
         raise DataError(
-            f"Expected {source.dataset!r} from the Hub, but it did not come "
-            f"({type(error).__name__}: {error}). Put {name}.{split}.jsonl into --data-dir."
+            f"Expected {source.dataset!r} from the Hub, but it did not come ({why}). Put "
+            f"{name}.{split}.jsonl into --data-dir."
         ) from error
     return [source.read(row) for part in parts for row in part]
