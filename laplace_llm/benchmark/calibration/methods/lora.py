@@ -94,6 +94,7 @@ class DeepEnsemble(AdapterEnsemble):
 
     name = "deep ensemble"
     single_model: ClassVar[bool] = False
+    quick: ClassVar[bool] = False
     n_members: ClassVar[int] = 3
 
     def members(self, problem: Problem) -> Sequence[Weights]:
