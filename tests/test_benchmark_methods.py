@@ -156,6 +156,8 @@ def test_all_are_registered_under_their_names():
     assert {m.name for m in OURS if m.tuned} == {
         *(m.name for m in LAPLACE if m.rule == "gridsearch"),
         "random-feature GP (SNGP head)",
+        "VBLL low-rank",
+        "VBLL diagonal",
     }
 
 
