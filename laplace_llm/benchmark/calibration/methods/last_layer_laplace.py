@@ -3,8 +3,8 @@
 They run on the last layer's cached features, which gives the numbers that they give on the head
 (its Jacobians are those of the linear layer) without passes over the language model. All options
 are laplace-torch's defaults: scalar prior precision, 100 grid points, probit predictive. Only the
-grid's loss is a function instead of the default metric, which adds up over the whole grid (so that
-the last value wins on most tasks).
+grid's loss is a function instead of the default metric, which adds up over the whole grid (on TREC
+and SST-2 its last value then wins).
 """
 
 from __future__ import annotations
