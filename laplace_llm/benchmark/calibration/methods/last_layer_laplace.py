@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from laplace import Laplace
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_llm.benchmark.calibration.features import (
@@ -27,6 +26,7 @@ from laplace_llm.benchmark.calibration.features import (
 )
 from laplace_llm.benchmark.calibration.linear import seeded
 from laplace_llm.benchmark.calibration.method import NotApplicable, register
+from laplace_llm.benchmark.calibration.metrics import question_nll
 
 if TYPE_CHECKING:
     from laplace_llm.benchmark.calibration.problem import Problem
@@ -137,7 +137,7 @@ class LastLayerLaplace(LastLayerMethod):
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Return the mean NLL of labels (N,) under probabilities (N, C)."""
-    return F.nll_loss(probabilities.clamp_min(1e-30).log(), labels)
+    return question_nll(probabilities, labels).mean()
 
 
 def _method(structure: str, rule: str) -> type[LastLayerLaplace]:

@@ -21,6 +21,7 @@ from laplace_llm.benchmark.calibration.features import (
 )
 from laplace_llm.benchmark.calibration.linear import seeded, train_layer
 from laplace_llm.benchmark.calibration.method import register
+from laplace_llm.benchmark.calibration.metrics import question_nll
 
 if TYPE_CHECKING:
     from laplace_llm.benchmark.calibration.problem import Problem
@@ -65,8 +66,7 @@ class VBLL(LastLayerMethod):
         @torch.no_grad()
         def keep_best(epoch: int) -> None:
             nonlocal best, kept
-            probs = self.predict_features(validation)
-            nll = float(F.nll_loss(probs.clamp_min(1e-30).log(), answers))
+            nll = float(question_nll(self.predict_features(validation), answers).mean())
             if nll < best:
                 best, kept = nll, deepcopy(layer.state_dict())
                 self.note = f"epoch {epoch + 1} of {self.epochs}"
