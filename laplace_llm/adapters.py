@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.errors import AdapterError, OptionError, UnsupportedLayerError
+from laplace_llm.tensors import (
+    BiasTensor,
+    ConvTensor,
+    EmbeddingTensor,
+    LoraTensor,
+    MagnitudeTensor,
+    OneHotTensor,
+)
 
 Sides = Literal["AB", "B"]
 
 # PEFT containers that read the weights of lora_A and lora_B without calling the modules.
-_WEIGHTS_READ_DIRECTLY = {"ParamWrapper", "MultiheadAttention"}
-
-
-@dataclass(frozen=True, eq=False)
-class LoraTensor:
-    """One LoRA weight and the linear map it belongs to.
-
-    Attributes
-    ----------
-    name : str
-        The parameter's qualified name in the model.
-    module : torch.nn.Linear
-        ``lora_A[adapter]`` of weight (r, d_in), or ``lora_B[adapter]`` of weight (d_out, r).
-    layer : torch.nn.Module
-        PEFT's layer around it.
-    side : {'A', 'B'}
-        Which of the two it is.
-    """
-
-    name: str
-    module: nn.Linear
-    layer: nn.Module
-    side: Literal["A", "B"]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter itself, of shape (out, in)."""
-        return cast(nn.Parameter, self.module.weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        return (self.weight.shape[0], self.weight.shape[1])
+_WEIGHTS_READ_DIRECTLY = {"lora.ParamWrapper", "lora.MultiheadAttention"}
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
@@ -77,17 +55,17 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
     known = sorted({name for layer in layers.values() for name in _adapters_of(layer)})
     if not known:
         raise AdapterError(
-            f"Expected a model with PEFT LoRA layers, but {type(model).__name__} has none. "
-            "Wrap it with peft.get_peft_model(model, LoraConfig(...)) first."
+            f"Expected a model with PEFT LoRA layers, but {type(model).__name__} has none"
+            f"{_other_methods(model)}. Wrap it with peft.get_peft_model(model, LoraConfig(...)) "
+            "first."
         )
-    active = {name: None for layer in layers.values() for name in layer.active_adapters}
+    active = active_adapters(model)
     if adapter is None:
         if len(active) != 1:
             raise AdapterError(
-                f"Expected one active adapter, but {list(active)} are active. "
-                "Choose one with adapter=..."
+                f"Expected one active adapter, but {active} are active. Choose one with adapter=..."
             )
-        adapter = next(iter(active))
+        adapter = active[0]
     if adapter not in known:
         raise AdapterError(
             f"Unknown adapter {adapter!r}: the model has LoRA tensors of {known}. "
@@ -108,14 +86,24 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
             )
         if adapter not in layer.active_adapters:
             raise AdapterError(
-                f"Adapter {adapter!r} is not active (active: {list(active)}), so its weights take "
+                f"Adapter {adapter!r} is not active (active: {active}), so its weights take "
                 f"no part in the forward pass. Call model.set_adapter({adapter!r}) first."
             )
     return adapter
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the LoRA adapters that take part in the forward pass."""
+    layers = [layer for _, layer in _lora_layers(model)]
+    return list({name: None for layer in layers for name in layer.active_adapters})
+
+
 def find_lora_tensors(
-    model: nn.Module, adapter: str | None = None, sides: Sides = "AB"
+    model: nn.Module,
+    adapter: str | None = None,
+    sides: Sides = "AB",
+    choice_rows: bool = False,
+    include_modules_to_save: bool = False,
 ) -> list[LoraTensor]:
     """List the LoRA tensors of one adapter, in the order of ``model.parameters()``.
 
@@ -129,7 +117,12 @@ def find_lora_tensors(
     adapter : str, optional
         Adapter's name; None for the active one.
     sides : {'AB', 'B'}, default='AB'
-        All tensors, or each layer's ``lora_B`` alone.
+        All tensors, with LoRA's biases and DoRA's magnitudes, or each layer's ``lora_B`` alone.
+    choice_rows : bool, default=False
+        Whether tensors of a vocabulary matrix that a `MultipleChoiceHead` reads a few rows of are
+        restricted to these.
+    include_modules_to_save : bool, default=False
+        Whether to list the weights of PEFT's ``modules_to_save`` too.
 
     Returns
     -------
@@ -140,24 +133,94 @@ def find_lora_tensors(
     OptionError
         If `sides` is neither.
     AdapterError
-        See `resolve_adapter`.
+        See `resolve_adapter`; or there are no such tensors.
     UnsupportedLayerError
-        If a layer of this adapter is not a plain LoRA around a linear map; named in the message.
+        If a layer of this adapter is not one of the kinds of `laplace_llm.tensors`; named in the
+        message.
     """
     if sides not in get_args(Sides):
         raise OptionError(f"Expected tensors='AB' or tensors='B', but got {sides!r}.")
     adapter = resolve_adapter(model, adapter)
-    found: dict[nn.Parameter, tuple[nn.Linear, nn.Module, Literal["A", "B"]]] = {}
+    rows = _rows_that_are_read(model) if choice_rows else {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[nn.Parameter, LoraTensor] = {}
     for name, layer in _lora_layers(model):
         if adapter in _adapters_of(layer):
             _check_supported(name, layer, adapter)
-            found[layer.lora_A[adapter].weight] = (layer.lora_A[adapter], layer, "A")
-            found[layer.lora_B[adapter].weight] = (layer.lora_B[adapter], layer, "B")
-    return [
-        LoraTensor(name, *found[parameter])
-        for name, parameter in model.named_parameters()
-        if parameter in found and found[parameter][2] in sides
-    ]
+            for tensor in _tensors_of(layer, adapter, names, rows.get(layer)):
+                if tensor.role == "B" or sides == "AB":
+                    found[tensor.weight] = tensor
+    if include_modules_to_save:
+        for tensor in _saved(model, adapter, names, rows):
+            found[tensor.weight] = tensor
+    tensors = [found[parameter] for parameter in names if parameter in found]
+    _check_untied(tensors)
+    return tensors
+
+
+def _tensors_of(
+    layer: LoraLayer,
+    adapter: str,
+    names: dict[nn.Parameter, str],
+    rows: tuple[int, ...] | None,
+) -> Iterator[LoraTensor]:
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        yield OneHotTensor(names[A], A, layer, layer, "A")
+        yield EmbeddingTensor(names[B], B, layer, layer, "B")
+        return
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    kind = LoraTensor if type(A) is nn.Linear else ConvTensor
+    yield kind(names[A.weight], A.weight, A, layer, "A")
+    yield kind(names[B.weight], B.weight, B, layer, "B", rows)
+    if B.bias is not None:
+        yield BiasTensor(names[B.bias], B.bias, B, layer, "bias", rows)
+    if adapter in layer.lora_magnitude_vector:
+        dora = layer.lora_magnitude_vector[adapter]
+        yield MagnitudeTensor(names[dora.weight], dora.weight, dora, layer, "magnitude")
+
+
+def _saved(
+    model: nn.Module,
+    adapter: str,
+    names: dict[nn.Parameter, str],
+    rows: dict[nn.Module, tuple[int, ...]],
+) -> Iterator[LoraTensor]:
+    """Yield the weights and biases of linear modules that PEFT trains and saves as a whole."""
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
+            continue
+        for module in wrapper.modules_to_save[adapter].modules():
+            own = dict(module.named_parameters(recurse=False))
+            if own and type(module) is not nn.Linear:
+                raise UnsupportedLayerError(
+                    f"Cannot put a posterior over {type(module).__name__} in {name!r}, which is in "
+                    "modules_to_save: only linear layers are supported there. Leave out "
+                    "include_modules_to_save=True."
+                )
+            for key, parameter in own.items():
+                kind = LoraTensor if key == "weight" else BiasTensor
+                yield kind(names[parameter], parameter, module, module, "saved", rows.get(wrapper))
+
+
+def _check_untied(tensors: list[LoraTensor]) -> None:
+    """Refuse two weights of one storage, whose gradients would have to be added up."""
+    seen: dict[tuple[int, int], str] = {}
+    for tensor in tensors:
+        place = (tensor.weight.untyped_storage()._cdata, tensor.weight.storage_offset())
+        if place in seen:
+            raise UnsupportedLayerError(
+                f"Cannot put a posterior over {tensor.name!r} and {seen[place]!r}: they are one "
+                "weight, which ensure_weight_tying=True makes. Train the adapter without it, or "
+                "leave one of the two layers out of LoraConfig(target_modules=...)."
+            )
+        seen[place] = tensor.name
+
+
+def _rows_that_are_read(model: nn.Module) -> dict[nn.Module, tuple[int, ...]]:
+    """Return the vocabulary matrices that heads call, and the rows they read of their outputs."""
+    heads = [head for head in model.modules() if isinstance(head, MultipleChoiceHead)]
+    return {head.vocabulary: tuple(head.choice_token_ids) for head in heads if head.vocabulary}
 
 
 def lora_dtype(tensors: list[LoraTensor]) -> torch.dtype:
@@ -172,11 +235,18 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             raise UnsupportedLayerError(
                 f"Layer {name!r} is a {type(module).__module__}.{type(module).__name__}. Only LoRA "
                 "adapters are supported; other PEFT methods are not."
             )
+
+
+def _other_methods(model: nn.Module) -> str:
+    """Name the PEFT methods that leave no layers behind, such as prompt tuning."""
+    configs = [c for m in model.modules() for c in getattr(m, "peft_config", {}).values()]
+    kinds = sorted({str(getattr(config.peft_type, "value", "")) for config in configs} - {"LORA"})
+    return f": its adapter is {', '.join(kinds)}, and only LoRA is supported" if kinds else ""
 
 
 def _adapters_of(layer: LoraLayer) -> list[str]:
@@ -184,23 +254,29 @@ def _adapters_of(layer: LoraLayer) -> list[str]:
 
 
 def _check_supported(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Refuse by name whatever is not ``x -> B(A(x))`` with A and B plain linear maps."""
-    kind = type(layer).__name__
+    """Refuse by name whatever is not ``x -> B(A(x))`` in a form that can be tapped."""
+    # "lora.Linear", "adalora.SVDLinear"
+    kind = f"{type(layer).__module__.split('.')[2]}.{type(layer).__name__}"
+    variant = getattr(layer, "lora_variant", {}).get(adapter)  # since PEFT 0.16
+    dora = adapter in (layer.lora_magnitude_vector or {})
+    embedded = adapter in layer.lora_embedding_A
     reason = None
-    if kind in _WEIGHTS_READ_DIRECTLY or adapter not in layer.lora_A:
-        reason = f"its container lora.{kind} is not supported yet, only linear layers are"
-    elif adapter in getattr(layer, "lora_variant", {}):
-        variant = type(layer.lora_variant[adapter]).__name__
-        reason = f"its LoRA variant {variant} (DoRA and others) is not supported yet"
-    elif layer.lora_bias.get(adapter, False):
-        reason = "lora_bias=True is not supported yet"
+    if kind in _WEIGHTS_READ_DIRECTLY or not (embedded or adapter in layer.lora_A):
+        reason = f"its container {kind} is not supported, which uses lora_A as no module"
+    elif variant is not None and "Dora" not in type(variant).__name__:
+        reason = f"its LoRA variant {type(variant).__name__} is not supported"
+    elif embedded:
+        reason = f"DoRA is not supported in {kind}" if dora else None
     else:
-        for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
-            if type(part) is not nn.Linear:
-                reason = (
-                    f"in its container lora.{kind} the factors are {type(part).__name__}, and only "
-                    "torch.nn.Linear is supported yet"
-                )
+        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+        kinds = {type(A), type(B)}
+        if kinds not in ({nn.Linear}, {nn.Conv1d}, {nn.Conv2d}):
+            names = " and ".join(sorted(each.__name__ for each in kinds))
+            reason = f"in its container {kind} the factors are {names}, which is not supported"
+        elif nn.Linear not in kinds and (A.groups, B.groups) != (1, 1):
+            reason = "grouped convolutions are not supported"
+        elif nn.Linear not in kinds and dora:
+            reason = f"DoRA is not supported in {kind}"
     if reason is not None:
         raise UnsupportedLayerError(
             f"Cannot put a posterior over adapter {adapter!r} in layer {name!r}: {reason}. "

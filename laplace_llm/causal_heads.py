@@ -106,6 +106,11 @@ class MultipleChoiceHead(CausalHead):
         if type(lm_head) is nn.Linear:
             self.choice_layer = _ChoiceLayer.rows_of(lm_head, self.choice_token_ids)
 
+    @property
+    def vocabulary(self) -> nn.Module | None:
+        """The vocabulary matrix that `forward` calls; None where it has a copy of the rows."""
+        return None if self.choice_layer is not None else self._causal.get_output_embeddings()
+
     @classmethod
     def from_tokenizer(
         cls,
@@ -166,7 +171,8 @@ class MultipleChoiceHead(CausalHead):
             weight = self.choice_layer.weight
             logits = self.choice_layer(features.to(weight.device, weight.dtype))
         else:
-            logits = self._causal.get_output_embeddings()(features)[:, self.choice_token_ids]
+            assert self.vocabulary is not None
+            logits = self.vocabulary(features)[:, self.choice_token_ids]
         return self._finish(at_least_float32(logits))
 
 

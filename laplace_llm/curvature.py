@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from laplace_llm.factors import LoraKron
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
+from laplace_llm.tensors import LoraTensor
 
 
 class BatchSummary(NamedTuple):
@@ -65,8 +66,8 @@ class StreamingInterface(CurvatureInterface):
         of up to 2 `rank` are exact. Default: 64.
     adapter : str, optional
         Adapter's name; default: the active one.
-    tensors : {'AB', 'B'}, default='AB'
-        All of the adapter's LoRA tensors, or ``lora_B`` alone.
+    tensors : {'AB', 'B'} or Sequence[LoraTensor], default='AB'
+        All of the adapter's LoRA tensors, ``lora_B`` alone, or the very tensors.
 
     Raises
     ------
@@ -87,7 +88,7 @@ class StreamingInterface(CurvatureInterface):
         kfac_approx: Literal["reduce", "expand"] = "reduce",
         rank: int | None = None,
         adapter: str | None = None,
-        tensors: Sides = "AB",
+        tensors: Sides | Sequence[LoraTensor] = "AB",
     ) -> None:
         if last_layer:
             raise OptionError(
@@ -102,7 +103,9 @@ class StreamingInterface(CurvatureInterface):
         super().__init__(model, likelihood, False, subnetwork_indices, dict_key_x, dict_key_y)
         self.kfac_approx = kfac_approx
         self.rank = rank
-        self.tensors = find_lora_tensors(model, adapter, tensors)
+        if isinstance(tensors, str):
+            tensors = find_lora_tensors(model, adapter, tensors)
+        self.tensors = list(tensors)
         self.dtype = lora_dtype(self.tensors)
         _check_trainable(self.params_dict, [tensor.name for tensor in self.tensors])
 
@@ -127,8 +130,8 @@ class StreamingInterface(CurvatureInterface):
         """Return what turns output gradients (B, S, out) into gradients (B, out * in)."""
 
         def outer(index: int, gradient: Tensor) -> Tensor:
-            inputs = run.inputs(index).to(self.dtype)
-            return (gradient.to(self.dtype).mT @ inputs).flatten(1)
+            tensor, inputs = self.tensors[index], run.inputs(index)
+            return tensor.outer(gradient.to(self.dtype), inputs).flatten(1)
 
         return outer
 
@@ -157,9 +160,10 @@ class StreamingInterface(CurvatureInterface):
 
     def _summarise_inputs(self, run: Taps, index: int) -> Tensor:
         """Return the rows (n, in) whose second moment is the input factor."""
-        inputs, counts = run.inputs(index).to(self.dtype), run.token_counts(index)
+        tensor, inputs, counts = self.tensors[index], run.inputs(index), run.token_counts(index)
         if self.kfac_approx == "reduce":
-            return inputs.sum(1) / counts
+            return tensor.total(inputs, self.dtype) / counts
+        inputs = tensor.dense(inputs, self.dtype)
         return (inputs / torch.as_tensor(counts).to(inputs).sqrt()[..., None]).flatten(0, 1)
 
     def accumulate_diag(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
@@ -200,7 +204,7 @@ class StreamingInterface(CurvatureInterface):
             position = int(self.subnetwork_indices[position])
         name = self.tensors[min(position, len(self.tensors) - 1)].name
         if len(values) != len(self.tensors):
-            ends = torch.tensor([t.weight.numel() for t in self.tensors]).cumsum(0)
+            ends = torch.tensor([t.numel for t in self.tensors]).cumsum(0)
             name = self.tensors[int((ends <= position).sum())].name
         raise OutputError(
             f"Expected finite curvature, but NaN or inf came out of the activations or gradients "
@@ -261,7 +265,12 @@ class StreamingInterface(CurvatureInterface):
         state = LoraKron.empty(self.tensors, longest, self.dtype)
         with torch.enable_grad():
             loss = self.accumulate_kron(state, x, y).loss
-        return loss, Kron([[p.outputs.matrix, p.inputs.matrix / N] for p in state.pairs])  # type: ignore[union-attr]
+        factors: list[list[Any]] = []
+        for tensor, pair in zip(self.tensors, state.pairs, strict=True):
+            outputs, inputs = pair.outputs.matrix, pair.inputs.matrix / N  # type: ignore[union-attr]
+            # The parent has one factor for what has one dimension.
+            factors.append([outputs, inputs] if tensor.weight.ndim > 1 else [outputs * inputs])
+        return loss, Kron(factors)
 
     def diag(self, x: Batch, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the batch's loss and the diagonal of its curvature, (P,)."""
@@ -275,7 +284,7 @@ class StreamingInterface(CurvatureInterface):
     def _size(self) -> int:
         if self.subnetwork_indices is not None:
             return len(self.subnetwork_indices)
-        return sum(tensor.weight.numel() for tensor in self.tensors)
+        return sum(tensor.numel for tensor in self.tensors)
 
     def _accumulated(
         self,

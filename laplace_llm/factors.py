@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_llm.adapters import LoraTensor
 from laplace_llm.errors import StateError
 from laplace_llm.kronecker import Block, LoraKronDecomposed
 from laplace_llm.sketch import DenseMoment, Moment, SketchedMoment, Spectrum, new_moment, spectra
+from laplace_llm.tensors import LoraTensor
 
 
 @dataclass
@@ -40,8 +40,8 @@ class LoraKron:
     ----------
     pairs : list[FactorPair]
         One a tensor, in the order of the tensors.
-    sides : list[str]
-        'A' or 'B' of each tensor: which of the factors is the small one.
+    small_outputs : list[bool]
+        For each tensor whether its outputs' factor is the small one, or its inputs'.
     n_data : int
         Number of examples summed so far.
     sources : list[int], optional
@@ -52,12 +52,12 @@ class LoraKron:
     def __init__(
         self,
         pairs: list[FactorPair],
-        sides: list[str],
+        small_outputs: list[bool],
         n_data: int = 0,
         sources: list[int] | None = None,
     ) -> None:
         self.pairs = pairs
-        self.sides = sides
+        self.small_outputs = small_outputs
         self.n_data = n_data
         self.sources = list(range(len(pairs))) if sources is None else sources
 
@@ -72,14 +72,14 @@ class LoraKron:
         pairs = []
         for tensor in tensors:
             (out, in_), device = tensor.shape, tensor.weight.device
-            small_out = tensor.side == "A"
+            small_out = tensor.small_outputs
             pairs.append(
                 FactorPair(
                     outputs=new_moment(out, rank, dtype, device, small=small_out),
                     inputs=new_moment(in_, rank, dtype, device, small=not small_out),
                 )
             )
-        return cls(pairs, [tensor.side for tensor in tensors])
+        return cls(pairs, [tensor.small_outputs for tensor in tensors])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -128,10 +128,12 @@ class LoraKron:
         """
         moments = [moment for pair in self.pairs for moment in (pair.outputs, pair.inputs)]
         found, blocks = spectra(moments), []
-        for outputs, inputs, side in zip(found[::2], found[1::2], self.sides, strict=True):
+        for outputs, inputs, small_out in zip(
+            found[::2], found[1::2], self.small_outputs, strict=True
+        ):
             inputs = inputs.scaled(1 / max(self.n_data, 1))
-            small, large = (outputs, inputs) if side == "A" else (inputs, outputs)
-            blocks.append(Block(small, large, transposed=side == "B"))
+            small, large = (outputs, inputs) if small_out else (inputs, outputs)
+            blocks.append(Block(small, large, transposed=not small_out))
         return LoraKronDecomposed(blocks, damping=damping)
 
     def state(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class LoraKron:
                     inputs=pairs[source].inputs if inputs is None else inputs,
                 )
             )
-        return LoraKron(pairs, self.sides, int(state["n_data"]), list(state["sources"]))
+        return LoraKron(pairs, self.small_outputs, int(state["n_data"]), list(state["sources"]))
 
 
 def _moment_state(moment: Moment) -> dict[str, Any]:

@@ -60,13 +60,15 @@ class SequenceClassificationHead(nn.Module):
 
 def as_classifier(model: nn.Module) -> nn.Module:
     """Wrap a bare Hugging Face model, which returns a ModelOutput, into its head."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(unwrap(model), PreTrainedModel):
         return SequenceClassificationHead(model)
     return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a PeftModel, or the model itself."""
+    """Return the model inside a PeftModel (compiled or not), or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

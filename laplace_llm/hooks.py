@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from laplace_llm.adapters import LoraTensor
 from laplace_llm.causal_heads import CausalHead
+from laplace_llm.tensors import LoraTensor
 
 
 class Tap:
@@ -21,9 +21,10 @@ class Tap:
     """
 
     def __init__(self, index: int) -> None:
-        self.calls = 0
+        self.entered = 0  # how often its layer was called, and
+        self.calls = 0  # in how many of these calls its module was
         self.source = index
-        self.inputs: Tensor | None = None
+        self.captured: Tensor | None = None
         self.shape = torch.Size()  # of the output
         self.consume: Callable[[Tensor], None] | None = None
 
@@ -40,10 +41,17 @@ def tapped(
     """Fill in the taps, and the roots: where a backward pass may stop.
 
     These are the outputs of ``lora_A``, which every path through its ``lora_B`` ends at and which
-    are small; the inputs of ``lora_B`` where it is tapped alone.
+    are small; the inputs of ``lora_B`` where it is tapped alone; and the outputs of modules that
+    are no LoRA layers, or whose weights are no modules.
     """
-    alone = all(tensor.side == "B" for tensor in tensors)
+    alone = all(tensor.role == "B" for tensor in tensors)
     readers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def entered(tap: Tap) -> Any:
+        def hook(_layer: nn.Module, _args: tuple[Tensor, ...]) -> None:
+            tap.entered += 1
+
+        return hook
 
     def read(tensor: LoraTensor, index: int) -> Any:
         """Find out whether an earlier layer had the same input: PEFT casts it for each anew."""
@@ -66,23 +74,28 @@ def tapped(
         return tensor.module.register_forward_pre_hook(hook)
 
     def after(tensor: LoraTensor, index: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            # Of the calls in one of the layer, the last counts: DoRA's first is on the identity.
             tap = taps[index]
-            tap.calls, tap.shape = tap.calls + 1, output.shape
+            tap.calls, tap.shape = tap.entered, output.shape
             if tap.source == index:
-                tap.inputs = args[0] if create_graph else args[0].detach()
+                captured = tensor.captured(args, kwargs, output)
+                tap.captured = captured if create_graph else captured.detach()
             output.register_hook(tap.gradient)
-            if tensor.side == "A":
+            if tensor.role == "A" or tensor.module is tensor.layer:
                 roots.append(output)
 
-        return tensor.module.register_forward_hook(hook)
+        return tensor.module.register_forward_hook(hook, with_kwargs=True)
 
     with ExitStack() as stack:
         for index, tensor in enumerate(tensors):
-            handles = [after(tensor, index)]
-            if tensor.side == "A":
+            enter = tensor.layer.register_forward_pre_hook(entered(taps[index]))
+            handles = [enter, after(tensor, index)]
+            if tensor.role == "A" and type(tensor) is LoraTensor:
                 handles.append(read(tensor, index))
-            elif alone:
+            elif alone and tensor.module is not tensor.layer:
                 handles.append(before(tensor))
             for handle in handles:
                 stack.callback(handle.remove)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from laplace_llm import taps
-from laplace_llm.adapters import LoraTensor, find_lora_tensors
+from laplace_llm.adapters import find_lora_tensors
 from laplace_llm.data import check_labels, labelled
 from laplace_llm.function_space import FunctionSpace, contrasts
 from laplace_llm.session import borrowed
@@ -53,8 +53,11 @@ def training_space(
     DataError
         As in `fit`.
     """
-    tensors = find_lora_tensors(la.model, la.adapter, "B")
+    tensors = find_lora_tensors(la.model, la.adapter, "B", choice_rows=True)
     regression = la.likelihood == "regression"
+    la.check_adapter()
+    others = find_lora_tensors(la.model, la.adapter)
+    off = {tensor.name: tensor.without() for tensor in others if tensor.role != "A"}
     trained, initial, labels, features = [], [], [], []
     count = 0
     with borrowed(la.model, [tensor.weight for tensor in tensors]):
@@ -68,7 +71,7 @@ def training_space(
             classes = logits.shape[1]
             basis = torch.eye(classes).to(logits) if regression else contrasts(classes, logits)
             trained.append(logits @ basis)
-            initial.append(_without_adapter(la.model, tensors, x).double() @ basis)
+            initial.append(_without_adapter(la.model, off, x).double() @ basis)
             features.append(_features(run, basis, la._dtype))
             count += basis.shape[1] * len(logits)
             if count >= MAX_OUTPUTS:
@@ -82,11 +85,10 @@ def training_space(
     )
 
 
-def _without_adapter(model: torch.nn.Module, tensors: list[LoraTensor], x: Batch) -> Tensor:
-    """Return the outputs under ``lora_B = 0``, which is how PEFT initialises it."""
-    zeros = {tensor.name: torch.zeros_like(tensor.weight) for tensor in tensors}
+def _without_adapter(model: torch.nn.Module, off: dict[str, Tensor], x: Batch) -> Tensor:
+    """Return the outputs under weights with which the adapter does nothing, as ``lora_B = 0``."""
     with torch.no_grad():
-        return functional_call(model, zeros, (x,))
+        return functional_call(model, off, (x,))
 
 
 def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +99,7 @@ def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
         if gradient.shape[-1] > FEATURE_WIDTH:
             omega = test_matrix(gradient.shape[-1], FEATURE_WIDTH, dtype, gradient.device)
             gradient = gradient @ omega / math.sqrt(FEATURE_WIDTH)
-        return (gradient.mT @ run.inputs(index).to(dtype)).flatten(1)
+        return run.tensors[index].outer(gradient, run.inputs(index)).flatten(1)
 
     columns = run.sweep(basis.to(run.logits), features)
     return torch.stack([torch.cat(parts, 1) for parts in columns], 1)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_llm._compat import ParametricLaplace
+from laplace_llm.adapters import active_adapters
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.data import check_labels, labelled, numbered
 from laplace_llm.errors import LaplaceLLMError, StateError
@@ -56,7 +56,7 @@ class LoraLaplace(LoraTuned):
         """
         merge = not override and self.H is not None
         sample: list[Batch] = []
-        with self._borrowed():
+        with self._borrowed(as_fitted=merge):
             state, n_data, n_outputs = self._empty_curvature(), 0, 0
             loss = torch.zeros((), dtype=self._dtype, device=self._device)
             batches = labelled(
@@ -72,11 +72,11 @@ class LoraLaplace(LoraTuned):
                     sample.append(x)
                 n_data, n_outputs = n_data + len(y), summary.n_outputs
             self._set_curvature(state, merge)
-            weights = [tensor.weight.detach().to(self._dtype) for tensor in self.tensors]
-            self.mean = parameters_to_vector(weights)
+            self.mean = self._values()
             self.loss = self.loss + loss if merge else loss
         self.n_data = self.n_data + n_data if merge else n_data
         self.n_outputs = n_outputs
+        self._fitted_under = active_adapters(self.model)
         self._train_sample = sample
         earlier = self._train_loaders if merge else []
         # An iterator is used up now; and some of the data must not pass for all of them.
@@ -146,7 +146,7 @@ class LoraLaplace(LoraTuned):
         for key in ("prior_mean", "prior_precision", "sigma_noise"):
             setattr(self, key, state_dict[key])
         self._set_curvature(curvature, merge=False)
-        self._train_loaders, self._train_sample = None, []
+        self._train_loaders, self._train_sample, self._fitted_under = None, [], None
 
     def _curvature_state(self) -> Any:
         return self.H

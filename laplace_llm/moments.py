@@ -81,7 +81,7 @@ def glm_moments(
 
 def _slice_rows(backend: StreamingInterface, n_outputs: int) -> int:
     """Return how many examples' Jacobians are held at once."""
-    weights = sum(tensor.weight.numel() for tensor in backend.tensors)
+    weights = sum(tensor.numel for tensor in backend.tensors)
     model = sum(p.numel() * p.element_size() for p in backend.model.parameters())
     budget = max(JACOBIAN_BYTES, int(JACOBIAN_SHARE * model))
     return max(budget // (weights * n_outputs * backend.dtype.itemsize), 1)

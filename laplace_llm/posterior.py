@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from laplace_llm import prior
 from laplace_llm._compat import CurvatureInterface, ParametricLaplace
-from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
+from laplace_llm.adapters import (
+    Sides,
+    active_adapters,
+    find_lora_tensors,
+    lora_dtype,
+    resolve_adapter,
+)
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import BatchSummary, StreamingInterface
-from laplace_llm.errors import NotFittedError, OptionError, PriorError
+from laplace_llm.errors import AdapterError, NotFittedError, OptionError, PriorError
 from laplace_llm.heads import as_classifier
 from laplace_llm.session import borrowed
 from laplace_llm.taps import Batch
+from laplace_llm.tensors import LoraTensor
 
 
 class LoraPosterior(ParametricLaplace):
@@ -56,8 +63,13 @@ class LoraPosterior(ParametricLaplace):
     adapter : str, optional
         The adapter to put the posterior over; default: the active one.
     tensors : {'AB', 'B'}, default='AB'
-        Which weights are uncertain: all of the adapter's, or ``lora_B`` alone (``lora_A`` then
-        is a fixed feature map, and the posterior half the size).
+        Which weights are uncertain: all of the adapter's (with ``lora_bias``, its biases; with
+        DoRA, its magnitudes), or ``lora_B`` alone (``lora_A`` then is a fixed feature map, and the
+        posterior half the size). Of an adapter on ``lm_head`` under a `MultipleChoiceHead`, the
+        posterior is over the choices' rows of ``lora_B`` alone: no output depends on the others.
+    include_modules_to_save : bool, default=False
+        Whether the weights that PEFT trains and saves besides the adapter (``modules_to_save``,
+        such as a classification head) are uncertain too; they must be linear layers.
 
     Raises
     ------
@@ -83,16 +95,21 @@ class LoraPosterior(ParametricLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
         tensors: Sides = "AB",
+        include_modules_to_save: bool = False,
         **structure_kwargs: Any,
     ) -> None:
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
-        self.tensors = find_lora_tensors(model, self.adapter, tensors)
-        self.sides: Sides = tensors
         backend = StreamingGGN if backend is None else backend
+        streaming = issubclass(backend, StreamingInterface)
+        self.tensors = find_lora_tensors(
+            model, self.adapter, tensors, streaming, include_modules_to_save
+        )
         backend_kwargs = dict(backend_kwargs or {})
-        if issubclass(backend, StreamingInterface):
-            backend_kwargs |= {"adapter": self.adapter, "tensors": tensors}
+        if streaming:
+            backend_kwargs |= {"tensors": self.tensors}
+        else:
+            _check_plain(self.tensors, backend)
         with borrowed(model, [tensor.weight for tensor in self.tensors]):
             super().__init__(
                 model,
@@ -109,6 +126,8 @@ class LoraPosterior(ParametricLaplace):
                 **structure_kwargs,
             )
             self._streaming = self._build_streaming()
+        self.n_params = sum(tensor.numel for tensor in self.tensors)
+        self.mean = self._values()
         self._asdl_fisher_kwargs = dict(asdl_fisher_kwargs or {})
 
     def _build_streaming(self) -> StreamingInterface:
@@ -119,9 +138,7 @@ class LoraPosterior(ParametricLaplace):
         """
         if isinstance(self.backend, StreamingInterface):
             return self.backend
-        return StreamingGGN(
-            self.model, self.backend.likelihood, adapter=self.adapter, tensors=self.sides
-        )
+        return StreamingGGN(self.model, self.backend.likelihood, tensors=self.tensors)
 
     # The parent's attributes, declared for the type checker.
     model: nn.Module
@@ -134,6 +151,12 @@ class LoraPosterior(ParametricLaplace):
     mean: Tensor
     _prior_precision: Tensor
     _prior_mean: Tensor
+    # The adapters that were active in fit.
+    _fitted_under: list[str] | None = None
+
+    def _values(self) -> Tensor:
+        """Return the model's present weights as one vector (P,)."""
+        return torch.cat([tensor.values().to(self._device, self._dtype) for tensor in self.tensors])
 
     # What the parent asks for -------------------------------------------------------------------
 
@@ -161,6 +184,15 @@ class LoraPosterior(ParametricLaplace):
     def prior_precision(self, value: float | Tensor) -> None:
         prior.check_precision(value, self._prior_lengths)
         super(LoraPosterior, type(self)).prior_precision.fset(self, value)
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Prior precision of each weight, (P,)."""
+        values = self.prior_precision.flatten()
+        if len(values) == self.n_params:
+            return values
+        sizes = torch.tensor([tensor.numel for tensor in self.tensors], device=values.device)
+        return values.expand(self.n_layers).repeat_interleave(sizes)
 
     @property
     def _prior_lengths(self) -> list[int]:
@@ -227,7 +259,27 @@ class LoraPosterior(ParametricLaplace):
             covariances.append(self._variance(jacobians))
         return torch.stack(covariances)
 
+    def check_adapter(self, as_fitted: bool = True) -> None:
+        """Raise AdapterError unless the adapter is active, with the others that `fit` saw."""
+        resolve_adapter(self.model, self.adapter)
+        active = active_adapters(self.model)
+        if as_fitted and self._fitted_under is not None and active != self._fitted_under:
+            raise AdapterError(
+                f"Expected the adapters {self._fitted_under} to be active, as in fit(), but "
+                f"{active} are. Call set_adapter(...), or fit again."
+            )
+
     @contextmanager
-    def _borrowed(self) -> Iterator[None]:
+    def _borrowed(self, as_fitted: bool = True) -> Iterator[None]:
+        self.check_adapter(as_fitted)
         with borrowed(self.model, [tensor.weight for tensor in self.tensors]):
             yield
+
+
+def _check_plain(tensors: Sequence[LoraTensor], backend: type[CurvatureInterface]) -> None:
+    other = next((tensor for tensor in tensors if not tensor.is_plain), None)
+    if other is not None:
+        raise OptionError(
+            f"Expected LoRA tensors of linear layers for {backend.__name__}, but {other.name!r} is "
+            "none. Use the default backend."
+        )

@@ -205,11 +205,11 @@ class LoraPredictive(LoraPosterior):
         if isinstance(X, Moments):
             raise OptionError("Expected a batch for pred_type='nn', but got Moments.")
         X = X.to(self._device) if isinstance(X, Tensor) else X
-        sizes = [tensor.weight.numel() for tensor in self.tensors]
+        sizes = [tensor.numel for tensor in self.tensors]
         for _ in range(n_samples):
             parts = self.sample(1, generator)[0].split(sizes)
             weights = {
-                tensor.name: part.view(tensor.shape).to(tensor.weight.dtype)
+                tensor.name: tensor.placed(part)
                 for tensor, part in zip(self.tensors, parts, strict=True)
             }
             with self._borrowed(), torch.set_grad_enabled(self.enable_backprop):

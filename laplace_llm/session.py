@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ def borrowed(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[No
     """Put the model into eval mode with gradients enabled for `trainable` alone.
 
     Afterwards, also after an exception, training modes, ``requires_grad`` flags and ``.grad``
-    tensors are what they were. Weights are never written to.
+    tensors are what they were. Weights are never written to. What was compiled runs uncompiled
+    meanwhile, as compiled code heeds no hooks.
 
     Parameters
     ----------
@@ -34,7 +35,7 @@ def borrowed(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[No
             parameter.grad = None
             if flag != (parameter in chosen):
                 parameter.requires_grad_(parameter in chosen)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _uncompiled(modes):
             yield
     finally:
         for module, mode in modes:
@@ -43,6 +44,15 @@ def borrowed(model: nn.Module, trainable: Sequence[nn.Parameter]) -> Iterator[No
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
             parameter.grad = gradient
+
+
+def _uncompiled(modules: Iterable[tuple[nn.Module, bool]]) -> AbstractContextManager[None]:
+    """Return a context in which compiled modules run as they were written."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module, _ in modules
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from laplace_llm.adapters import LoraTensor
 from laplace_llm.errors import OutputError, TapError
 from laplace_llm.hooks import Tap, heads_batch, tapped
+from laplace_llm.tensors import LoraTensor
 
 Batch = Tensor | MutableMapping[str, Any]
 T = TypeVar("T")
@@ -54,10 +54,14 @@ class Taps:
         self.sources = [tap.source for tap in taps]
 
     def inputs(self, index: int) -> Tensor:
-        """Return a tensor's inputs (B, S, in) at an example's S positions, zero on padding."""
-        activation = self._taps[self.sources[index]].inputs
-        assert activation is not None
-        return _by_example(activation, self._masks[index], len(self.logits))
+        """Return a tensor's inputs (B, S, n) at an example's S positions, zero on padding.
+
+        n is `in`, or 1 for tokens of `laplace_llm.tensors.OneHotTensor`.
+        """
+        captured = self._taps[self.sources[index]].captured
+        assert captured is not None
+        inputs = self.tensors[index].inputs(captured)
+        return _by_example(inputs, self._masks[index], len(self.logits))
 
     def backward(
         self,
@@ -85,7 +89,10 @@ class Taps:
         results: dict[int, T] = {}
 
         def consumer(index: int) -> Callable[[Tensor], None]:
+            tensor, tap = self.tensors[index], self._taps[index]
+
             def take(gradient: Tensor) -> None:
+                gradient = tensor.gradients(gradient, tap.captured)
                 by_example = _by_example(gradient, self._masks[index], len(self.logits))
                 results[index] = consume(index, by_example)
 
@@ -134,7 +141,7 @@ class Taps:
         """Return the number of real positions of each example (B, 1) for one tensor, at least 1."""
         mask = self._masks[index]
         if mask is None:
-            return self._taps[index].shape[:-1].numel() // len(self.logits)
+            return self.tensors[index].positions(self._taps[index].shape) // len(self.logits)
         return mask.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -209,9 +216,10 @@ def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
     def check(index: int, tensor: LoraTensor) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             for values in (args[0], output):
-                values = _by_example(values, run._masks[index], len(run.logits))
-                if not bool(values.isfinite().all()):
-                    found.append(tensor.name)
+                if values.is_floating_point():
+                    values = _by_example(values, run._masks[index], len(run.logits))
+                    if not bool(values.isfinite().all()):
+                        found.append(tensor.name)
 
         return tensor.module.register_forward_hook(hook)
 
@@ -226,7 +234,7 @@ def _token_mask(
     tensor: LoraTensor, shape: torch.Size, attention_mask: Tensor | None, n_examples: int
 ) -> Tensor | None:
     """Return the (B, S) mask of one tensor's positions; None where all are real."""
-    rows = shape[:-1].numel()
+    rows = tensor.positions(shape)
     if rows % n_examples:
         raise TapError(
             f"Expected the activation of LoRA tensor {tensor.name!r} to hold the same number of "

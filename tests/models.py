@@ -1,5 +1,6 @@
 """Tiny random models and batches, and brute-force oracles, shared by all tests."""
 
+import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -174,6 +175,38 @@ def tiny_mlp(
     )
 
 
+class Net(nn.Module):
+    """A convolution over images (B, 2, 6, 6) or sequences (B, 2, 9), and a linear layer."""
+
+    def __init__(self, dims: int, **conv_kwargs: Any) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d)[dims - 1]
+        self.conv = kind(2, 4, (3,) * dims, **conv_kwargs)
+        self.out = nn.LazyLinear(3)
+        self(torch.zeros(1, 2, *IMAGE[dims]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.conv(x)).flatten(1))
+
+
+IMAGE = {1: (9,), 2: (6, 6)}
+
+
+def tiny_conv(
+    dims: int = 2, dtype: torch.dtype = torch.float64, conv_kwargs: Any = None, **lora_kwargs: Any
+) -> PeftModel:
+    """Return a convolutional classifier of (B, 2, 9) or (B, 2, 6, 6) inputs."""
+    return _with_lora(
+        lambda: Net(dims, **(conv_kwargs or {})), dtype, ("conv", "out"), 2, 0, **lora_kwargs
+    )
+
+
+def conv_batch(n: int, seed: int = 0, dims: int = 2) -> tuple[Tensor, Tensor]:
+    """Return images or sequences, and labels."""
+    labels = torch.randint(3, (n,), generator=torch.Generator().manual_seed(seed))
+    return randn(n, 2, *IMAGE[dims], seed=seed), labels
+
+
 def _with_lora(
     build: Callable[[], nn.Module],
     dtype: torch.dtype,
@@ -188,6 +221,9 @@ def _with_lora(
         torch.manual_seed(seed)
         model = build()
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=list(targets), **kwargs))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.ndim == 1:  # biases and magnitudes, as if trained
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
 
@@ -371,6 +407,46 @@ HEADS: dict[str, Callable[[], Setup]] = {
 }
 
 
+def tied_lm_head(**lora_kwargs: Any) -> PeftModel:
+    """Return a model with an adapter on lm_head, whose base weight is the embedding's."""
+    with warnings.catch_warnings():  # PEFT's advice on merging, and lm_head is no Conv1D
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True")
+        return tiny_gpt2(targets=("c_attn", "lm_head"), **lora_kwargs)
+
+
+def _letters(model: nn.Module) -> Setup:
+    return Setup(letter_head(model), lambda n, seed=0: letter_batch(n, seed=seed))
+
+
+def _conv(dims: int, **kwargs: Any) -> Setup:
+    return Setup(tiny_conv(dims, **kwargs), lambda n, seed=0: conv_batch(n, seed, dims))
+
+
+# Every kind of adapter weight that a posterior can be over.
+KINDS: dict[str, Callable[[], Setup]] = {
+    "rslora": lambda: _letters(tiny_llama(use_rslora=True)),
+    "patterns": lambda: _letters(
+        tiny_llama(rank_pattern={"v_proj": 5}, alpha_pattern={"q_proj": 3})
+    ),
+    "Conv1D": lambda: _letters(tiny_gpt2()),
+    "dora": lambda: _letters(tiny_llama(use_dora=True)),
+    "dora, Conv1D": lambda: _letters(tiny_gpt2(use_dora=True)),
+    "dora, biases": lambda: Setup(
+        tiny_bert_classifier(use_dora=True), lambda n, seed=0: letter_batch(n, seed=seed)
+    ),
+    "lora_bias": lambda: Setup(tiny_mlp(lora_bias=True), mlp_batch),
+    "embedding": lambda: _letters(tiny_llama(targets=("embed_tokens", "v_proj"))),
+    "lm_head": lambda: _letters(tiny_llama(targets=("v_proj", "lm_head"))),
+    "tied lm_head": lambda: _letters(tied_lm_head()),
+    "conv1d": lambda: _conv(1),
+    "conv1d, stride and padding": lambda: _conv(1, conv_kwargs={"stride": 2, "padding": 1}),
+    "conv2d": lambda: _conv(2, conv_kwargs={"stride": (2, 1), "padding": (0, 2)}),
+    "conv2d, same": lambda: _conv(2, conv_kwargs={"padding": "same"}),
+    "conv2d, lora_bias": lambda: _conv(2, lora_bias=True),
+}
+
+
 # Rows ---------------------------------------------------------------------------------------------
 
 
@@ -491,13 +567,23 @@ def bruteforce_jacobians(model: nn.Module, batch: Any, tensors: Sequence[Any]) -
         weight.requires_grad_(True)
     with torch.enable_grad():
         logits = model(batch)
-        rows = [
-            torch.cat([g.flatten() for g in torch.autograd.grad(value, weights, retain_graph=True)])
-            for value in logits.flatten()
-        ]
+        rows = []
+        for value in logits.flatten():
+            gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+            parts = [
+                _posterior_part(tensor, gradient)
+                for tensor, gradient in zip(tensors, gradients, strict=True)
+            ]
+            rows.append(torch.cat(parts))
     for weight, flag in zip(weights, flags, strict=True):
         weight.requires_grad_(flag)
     return torch.stack(rows).view(*logits.shape, -1)
+
+
+def _posterior_part(tensor: Any, gradient: Tensor | None) -> Tensor:
+    """Return what the posterior is over of a parameter's gradient, as a vector."""
+    gradient = torch.zeros_like(tensor.weight) if gradient is None else gradient
+    return (gradient if tensor.rows is None else gradient[list(tensor.rows)]).flatten()
 
 
 def explicit_ggn(jacobians: Tensor, logits: Tensor | None) -> Tensor:

@@ -126,14 +126,14 @@ def backend(**kwargs: Any) -> Callable:
     ("merged", lambda: (letter_head(merged()), {}), AdapterError, "default.*merged.*q_proj"),
     ("disabled", lambda: (letter_head(disabled()), {}), AdapterError, "default.*disabled.*q_proj"),
     (
-        "dora",
-        lambda: (letter_head(use_dora=True), {}),
+        "alora",
+        lambda: (letter_head(alora_invocation_tokens=[1]), {}),
         UnsupportedLayerError,
-        "default.*layers.0.self_attn.q_proj.*Dora",
+        "default.*layers.0.self_attn.q_proj.*ALora",
     ),
     (
         "embedding",
-        lambda: (letter_head(targets=("embed_tokens",)), {}),
+        lambda: (letter_head(targets=("embed_tokens",), use_dora=True), {}),
         UnsupportedLayerError,
         r"embed_tokens.*lora\.Embedding",
     ),

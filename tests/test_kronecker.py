@@ -254,10 +254,10 @@ def test_empty_factors_are_dense_where_short_and_sketched_where_long():
     kron = LoraKron.empty(tensors, rank=3, dtype=torch.float64)
     assert len(kron) == len(tensors)
     assert kron.n_data == 0
-    assert kron.sides == [tensor.side for tensor in tensors]
+    assert kron.small_outputs == [tensor.role == "A" for tensor in tensors]
     for pair, tensor in zip(kron.pairs, tensors, strict=True):
         small, large = pair.outputs, pair.inputs
-        if tensor.side == "B":
+        if tensor.role == "B":
             small, large = large, small
         assert isinstance(small, DenseMoment)
         assert small.matrix.shape == (3, 3)
@@ -269,7 +269,7 @@ def test_small_side_is_dense_even_above_the_rank():
     tensors = find_lora_tensors(tiny_llama(rank=6))
     kron = LoraKron.empty(tensors, rank=2, dtype=torch.float64)
     smalls = [
-        p.outputs if s == "A" else p.inputs for p, s in zip(kron.pairs, kron.sides, strict=True)
+        p.outputs if s else p.inputs for p, s in zip(kron.pairs, kron.small_outputs, strict=True)
     ]
     assert all(isinstance(small, DenseMoment) for small in smalls)
 

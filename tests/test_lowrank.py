@@ -349,7 +349,7 @@ def test_posterior_over_lora_b_alone(structure):
     jacobians = bruteforce_jacobians(model, X, la.tensors)
     if structure == "kron":  # the factors of the same tensors in a posterior over all
         pairs = zip(fitted("kron").H_facs.pairs, fitted("kron").tensors, strict=True)
-        dense = [(p.outputs.matrix, p.inputs.matrix / 30) for p, t in pairs if t.side == "B"]
+        dense = [(p.outputs.matrix, p.inputs.matrix / 30) for p, t in pairs if t.role == "B"]
         curvature = torch.block_diag(*(torch.kron(*pair) for pair in dense))
     else:
         curvature = explicit_ggn(jacobians, model(X).detach())

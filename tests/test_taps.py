@@ -45,13 +45,13 @@ def test_inputs_of_q_k_and_v_are_kept_once(dtype):
                 parameter.data = parameter.data.float()
     tensors, run = tapped(letter_head(model), letter_batch(4))
     for index, (tensor, source) in enumerate(zip(tensors, run.sources, strict=True)):
-        if tensor.side == "A" and any(f"{name}." in tensor.name for name in ATTENTION):
+        if tensor.role == "A" and any(f"{name}." in tensor.name for name in ATTENTION):
             assert first_reader(tensors, source) == first_reader(tensors, index)
             assert "q_proj" in tensors[source].name
         else:
             assert source == index
         torch.testing.assert_close(run.inputs(index), run.inputs(source))
-    kept = [tap.inputs for tap in run._taps]
+    kept = [tap.captured for tap in run._taps]
     assert sum(value is not None for value in kept) == len(set(run.sources))
 
 

@@ -53,11 +53,12 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
         tensors: Sides = "AB",
+        include_modules_to_save: bool = False,
     ) -> None:
         LoraLaplace.__init__(
             self, model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,
             enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs,
-            adapter, tensors, damping=damping,
+            adapter, tensors, include_modules_to_save, damping=damping,
         )  # fmt: skip
 
     @property

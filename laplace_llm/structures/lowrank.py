@@ -60,6 +60,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
         tensors: Sides = "AB",
+        include_modules_to_save: bool = False,
         max_rank: int | None = 1024,
         factors_on: Literal["cpu", "disk"] | None = None,
     ) -> None:
@@ -78,14 +79,14 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         LoraLaplace.__init__(
             self, model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,
             enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs,
-            adapter, tensors,
+            adapter, tensors, include_modules_to_save,
         )  # fmt: skip
 
     def _init_H(self) -> None:
         self.H: LowRankGGN | None = None
 
     def _empty_curvature(self) -> LowRankGGN:
-        sizes = [tensor.weight.numel() for tensor in self.tensors]
+        sizes = [tensor.numel for tensor in self.tensors]
         return LowRankGGN(sizes, self.max_rank, self._dtype, self._device, self.factors_on)
 
     def _accumulate(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:

@@ -12,11 +12,12 @@ import torch
 from laplace import Laplace
 from torch import Tensor
 
-from laplace_llm.adapters import LoraTensor, find_lora_tensors, resolve_adapter
+from laplace_llm.adapters import find_lora_tensors, resolve_adapter
 from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.shared_pass import Member, Part, shared_pass
 from laplace_llm.kernel import training_space
 from laplace_llm.moments import Moments
+from laplace_llm.tensors import LoraTensor
 from laplace_llm.tuning.leave_one_out import leave_one_out
 from laplace_llm.tuning.val_grad import NODES_PER_DECADE, descend
 

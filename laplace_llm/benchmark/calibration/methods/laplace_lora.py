@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laplace_llm.adapters import LoraTensor
 from laplace_llm.benchmark.calibration.method import (
     Method,
     NotApplicable,
@@ -22,6 +21,7 @@ from laplace_llm.links import _normal_points
 from laplace_llm.moments import Moments
 from laplace_llm.sketch import DEFAULT_RANK
 from laplace_llm.structures import STRUCTURES
+from laplace_llm.tensors import LoraTensor
 
 MAX_DENSE = 5_000  # weights of which all pairs are kept
 RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
