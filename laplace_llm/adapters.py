@@ -207,7 +207,8 @@ def _check_untied(tensors: list[LoraTensor]) -> None:
     """Refuse two weights of one storage, whose gradients would have to be added up."""
     seen: dict[tuple[int, int], str] = {}
     for tensor in tensors:
-        place = (tensor.weight.untyped_storage()._cdata, tensor.weight.storage_offset())
+        weight = tensor.weight
+        place = (weight.untyped_storage()._cdata, int(weight.storage_offset()))
         if place in seen:
             raise UnsupportedLayerError(
                 f"Cannot put a posterior over {tensor.name!r} and {seen[place]!r}: they are one "
