@@ -8,7 +8,6 @@ table and writes a reliability diagram. See ``--help`` for other models, data an
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from tqdm import tqdm
 
 import laplace_llm  # registers subset_of_weights="lora"
 from laplace_llm.benchmark.models import SMOLLM2, load_model
+from laplace_llm.tasks import read_jsonl
+from laplace_llm.tasks.hub import multiple_choice
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -124,22 +125,12 @@ def load_rows(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         name, _, config = args.dataset.partition(":")
         splits = load_dataset(name, config or None)
         held_out = "test" if "test" in splits else "validation"
-        pair = [[hub_row(row) for row in splits[split]] for split in ("train", held_out)]
+        pair = [[multiple_choice(row) for row in splits[split]] for split in ("train", held_out)]
     else:
-        paths = [Path(f"{args.data}.{split}.jsonl") for split in ("train", "test")]
-        pair = [[json.loads(line) for line in path.open(encoding="utf-8")] for path in paths]
+        pair = [read_jsonl(f"{args.data}.{split}.jsonl") for split in ("train", "test")]
     width = len(pair[0][0]["choices"])
     train, test = ([row for row in rows if len(row["choices"]) == width] for rows in pair)
     return train, test
-
-
-def hub_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of ARC, OpenBookQA, MMLU and the like in this script's form."""
-    question = row.get("question") or row["question_stem"]
-    if isinstance(row["choices"], dict):
-        answer = row["choices"]["label"].index(row["answerKey"])
-        return {"question": question, "choices": row["choices"]["text"], "answer": answer}
-    return {"question": question, "choices": row["choices"], "answer": int(row["answer"])}
 
 
 def build_head(

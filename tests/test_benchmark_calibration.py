@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from models import LLAMA_SHAPE, letter_batch, letter_head, tiny_llama, tiny_toke
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import laplace_llm
-from laplace_llm.benchmark.calibration import command, hub, method, metrics, training
+from laplace_llm import letter_prompt, question_prompt
+from laplace_llm.benchmark.calibration import command, method, metrics, tasks, training
 from laplace_llm.benchmark.calibration.bootstrap import Difference, paired_bootstrap
 from laplace_llm.benchmark.calibration.costs import Meter
 from laplace_llm.benchmark.calibration.method import (
@@ -40,10 +42,18 @@ from laplace_llm.benchmark.calibration.report import in_short
 from laplace_llm.benchmark.calibration.results import Key, Results, Run
 from laplace_llm.benchmark.calibration.summary import rows
 from laplace_llm.benchmark.calibration.tables import cells, overview_table, verdict
-from laplace_llm.benchmark.calibration.tasks import Task, load_rows, questions, register_task
+from laplace_llm.benchmark.calibration.tasks import (
+    Recipe,
+    load_rows,
+    questions,
+    register_recipe,
+    registered_recipes,
+)
 from laplace_llm.benchmark.models import load_model
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.moments import Moments
+from laplace_llm.tasks import Task, Template, load_task, register_task
+from laplace_llm.tasks import registry as tasks_registry
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "add_a_method.py"
 FEW = ["MAP", "temperature", "Laplace-LoRA kron, loo", "Laplace-LoRA diag, gridsearch"]
@@ -394,7 +404,7 @@ def test_other_data_and_exact_rates_make_other_runs(tmp_path):
     options = Options(
         ("trec",), (), (0,), "model", tmp_path, "cpu", 4, 2, 2, 8, ("q_proj",), tmp_path
     )
-    task = Task("trec", lr=1 / 3000)
+    task = Recipe("trec", lr=1 / 3000)
     settings = options.settings(task)
     other = replace(options, data_dir=tmp_path / "other")
     assert other.settings(task) != settings
@@ -519,7 +529,7 @@ def test_adapters_share_the_base_and_come_back(place, tmp_path):
     model, tokenizer = load_model(str(place / "model"))
     model.requires_grad_(False)
     rows = load_rows("trec", "train", place)[:12]
-    task = Task("trec", "words", "Question : {question}", epochs=2)
+    task = Recipe("trec", "words", "Question : {question}", epochs=2)
     trainer = training.Trainer(model, tokenizer, task, rows, 2, ["q_proj"], "cpu", 4)
     seen = []
     first = trainer.train(0, on_step=lambda head, step, n: seen.append((step, n)))
@@ -554,46 +564,52 @@ def test_questions_of_a_seed(place):
 
 
 def test_own_questions_and_own_tasks(monkeypatch):
-    from laplace_llm.benchmark.calibration import tasks
-
-    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
+    monkeypatch.setattr(tasks, "_RECIPES", dict(tasks._RECIPES))
     assert len(load_rows("general", "test", None)) > 100
-    register_task(Task("mine", "letters"))
+    register_recipe(Recipe("mine", "letters"))
     assert select_tasks(["mine"])[0].head == "letters"
     with pytest.raises(DataError, match=r"mine\.test\.jsonl"):
         load_rows("mine", "test", None)
 
 
-def test_rows_of_the_hub(monkeypatch):
-    monkeypatch.setattr(hub, "_absent", {})
-    choices = {"text": ["a", "b"], "label": ["1", "2"]}
-    rows = {
-        "trec": {"text": "q", "coarse_label": 3},
-        "sst2": {"sentence": "q", "label": 1},
-        "arc-easy": {"question": "q", "choices": choices, "answerKey": "2"},
-        "openbookqa": {"question_stem": "q", "choices": choices, "answerKey": "2"},
-        "mmlu-cs": {"question": "q", "choices": ["a", "b"], "answer": 1},
-    }
-    answers = {"trec": 3}
-    for name, row in rows.items():
-        asked = []
-
-        def load_dataset(dataset, config, split, row=row, asked=asked):
-            asked.append((dataset, config, split))
-            return [row]
-
-        found = hub.rows_from_hub(name, "test", load_dataset)
-        assert len(found) == len(asked) == len(hub.HUB[name].configs)
-        assert found[0]["question"] == "q"
-        assert found[0]["answer"] == answers.get(name, 1)
+def test_a_registered_task_needs_no_recipe(monkeypatch):
+    monkeypatch.setattr(tasks_registry, "_TASKS", dict(tasks_registry._TASKS))
+    row = {"question": "q", "choices": ["no", "yes"], "answer": 1}
+    register_task(Task("mine", lambda split: [row], Template("{question} :"), ("no", "yes")))
+    (recipe,) = select_tasks(["mine"])
+    assert recipe == Recipe("mine", "words", "{question} :")
+    assert load_rows("mine", "train", None) == [row]
+    register_task(Task("lettered", lambda split: [row]))
+    assert select_tasks(["lettered"])[0].ask is letter_prompt
 
 
-def test_a_data_set_that_did_not_come_is_not_asked_for_again(monkeypatch):
-    monkeypatch.setattr(hub, "_absent", {})
+def test_how_the_papers_tasks_are_asked():
+    recipes = registered_recipes()
+    assert (recipes["boolq"].head, recipes["winogrande-m"].head) == ("words", "letters")
+    assert recipes["arc-easy"].ask is question_prompt
+    assert replace(recipes["arc-easy"], head="letters").ask is load_task("arc-easy").prompt
+    assert "mmlu-law" not in recipes  # no training questions
+
+
+def test_published_results_are_found_again():
+    """The settings of the tasks in README's table are what they were."""
+    trec = Recipe("trec", "words", "Question: {question}\nThe answer is a", 8, 5e-4)
+    sst2 = Recipe("sst2", "words", "Review: {question}\nSentiment:", 6, 5e-4)
+    easy = Recipe("arc-easy", "scored", None, 2, 5e-4, "mean")
+    others = ("arc-easy", "arc-challenge", "mmlu-cs", "mmlu-engineering", "mmlu-health", "mmlu-law")
+    openbook = Recipe("openbookqa", "scored", None, 6, 1e-3, "sum", others)
+    expected = [trec, sst2, easy, openbook]
+    assert select_tasks(["trec", "sst2", "arc-easy", "openbookqa"]) == expected
+
+
+def test_rows_that_did_not_come_are_not_asked_for_again(monkeypatch):
     asked = []
+    monkeypatch.setattr(tasks, "_absent", {})
+    datasets = SimpleNamespace(load_dataset=lambda *_, **__: asked.append(1) or 1 / 0)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
     for name in ("arc-easy", "arc-challenge"):  # of one data set
         with pytest.raises(DataError, match=rf"ZeroDivisionError.*{name}\.test\.jsonl"):
-            hub.rows_from_hub(name, "test", lambda *_, **__: asked.append(1) or 1 / 0)
+            load_rows(name, "test", None)
     assert len(asked) == 1
 
 

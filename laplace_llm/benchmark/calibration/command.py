@@ -18,7 +18,7 @@ from laplace_llm.benchmark.calibration.plan import (
     select_tasks,
 )
 from laplace_llm.benchmark.calibration.results import Results, Run
-from laplace_llm.benchmark.calibration.tasks import load_rows, registered_tasks
+from laplace_llm.benchmark.calibration.tasks import load_rows, registered_recipes
 from laplace_llm.benchmark.models import SMOLLM2
 from laplace_llm.errors import LaplaceLLMError
 
@@ -144,4 +144,4 @@ def _list() -> None:
     for name, method in registered().items():
         lacking = ", ".join(f'"{pip}"' for _, pip in missing(method))
         print(f"{method.group:13} {name}{f'  (pip install {lacking})' if lacking else ''}")
-    print("tasks:", " ".join(registered_tasks()))
+    print("tasks:", " ".join(registered_recipes()))

@@ -17,7 +17,7 @@ import torch
 from laplace_llm.benchmark.calibration.method import Method, registered
 from laplace_llm.benchmark.calibration.methods.point import MAP_NAME
 from laplace_llm.benchmark.calibration.results import PROTOCOLS, Key
-from laplace_llm.benchmark.calibration.tasks import Task, registered_tasks
+from laplace_llm.benchmark.calibration.tasks import Recipe, registered_recipes
 from laplace_llm.errors import OptionError
 
 
@@ -47,7 +47,7 @@ class Options:
         """The protocols to run."""
         return PROTOCOLS if self.all_data else PROTOCOLS[:1]
 
-    def settings(self, task: Task) -> dict[str, Any]:
+    def settings(self, task: Recipe) -> dict[str, Any]:
         """Return what makes a run another one, as it comes back from a file."""
         names = ("model", "train", "val", "test", "rank", "targets")
         chosen = {name: getattr(self, name) for name in names} | {"recipe": asdict(task)}
@@ -117,7 +117,7 @@ def select_methods(patterns: Iterable[str], quick: bool = False) -> dict[str, ty
     return {name: cls for name, cls in every.items() if name in chosen}
 
 
-def select_tasks(names: Iterable[str]) -> list[Task]:
+def select_tasks(names: Iterable[str]) -> list[Recipe]:
     """Return the tasks of these names.
 
     Raises
@@ -125,14 +125,14 @@ def select_tasks(names: Iterable[str]) -> list[Task]:
     OptionError
         If there is no such task.
     """
-    every = registered_tasks()
+    every = registered_recipes()
     unknown = [name for name in names if name not in every]
     if unknown:
         raise OptionError(f"Expected --tasks to be of {sorted(every)}, but got {unknown[0]!r}.")
     return [every[name] for name in names]
 
 
-def keys(task: Task, seed: int, protocol: str, methods: dict[str, type[Method]]) -> list[Key]:
+def keys(task: Recipe, seed: int, protocol: str, methods: dict[str, type[Method]]) -> list[Key]:
     """Return the runs of one problem: tuned methods need the held-out questions."""
     return [
         Key(task.name, seed, protocol, name)

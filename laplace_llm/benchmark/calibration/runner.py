@@ -19,7 +19,7 @@ from laplace_llm.benchmark.calibration.method import Method, missing
 from laplace_llm.benchmark.calibration.plan import Options, fingerprint, keys
 from laplace_llm.benchmark.calibration.problem import Problem
 from laplace_llm.benchmark.calibration.results import FAILED, PROTOCOLS, Key, Results, Run
-from laplace_llm.benchmark.calibration.tasks import Questions, Task, questions
+from laplace_llm.benchmark.calibration.tasks import Questions, Recipe, questions
 from laplace_llm.benchmark.calibration.training import Adapter, MakeOptimizer, OnStep, Trainer
 from laplace_llm.benchmark.models import load_model
 
@@ -31,12 +31,12 @@ class Runner:
     Parameters
     ----------
     options : Options
-    tasks : list[Task]
+    tasks : list[Recipe]
     methods : dict[str, type[Method]]
     """
 
     options: Options
-    tasks: list[Task]
+    tasks: list[Recipe]
     methods: dict[str, type[Method]]
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class Runner:
         """The settings of every task."""
         return {task.name: self.options.settings(task) for task in self.tasks}
 
-    def plan(self) -> list[tuple[Task, int, str, list[Key]]]:
+    def plan(self) -> list[tuple[Recipe, int, str, list[Key]]]:
         """Return the problems, each a task, a seed and a protocol, and the runs of each."""
         return [
             (task, seed, protocol, keys(task, seed, protocol, self.methods))
@@ -72,7 +72,9 @@ class Runner:
                 if pending:
                     self._problem(task, seed, protocol, pending, bar)
 
-    def _problem(self, task: Task, seed: int, protocol: str, pending: list[Key], bar: Any) -> None:
+    def _problem(
+        self, task: Recipe, seed: int, protocol: str, pending: list[Key], bar: Any
+    ) -> None:
         bar.set_postfix_str(f"{task.name}, seed {seed}, {protocol}: adapter")
         try:
             rows = self._questions(task, seed, protocol)
@@ -111,7 +113,7 @@ class Runner:
         run.command = self.options.command
         return run
 
-    def _questions(self, task: Task, seed: int, protocol: str) -> Questions:
+    def _questions(self, task: Recipe, seed: int, protocol: str) -> Questions:
         o = self.options
         rows = questions(task, seed, o.train, o.val, o.test, o.data_dir)
         if protocol != PROTOCOLS[0]:
@@ -119,7 +121,7 @@ class Runner:
         return rows
 
     def _prepare(
-        self, task: Task, seed: int, rows: Questions, pending: list[Key]
+        self, task: Recipe, seed: int, rows: Questions, pending: list[Key]
     ) -> tuple[Problem, dict[str, list[Any]]]:
         options = self.options
         if self._model is None:

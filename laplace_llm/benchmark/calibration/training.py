@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import laplace_llm
 from laplace_llm.benchmark.calibration import stored
-from laplace_llm.benchmark.calibration.tasks import Row, Task, label_words
+from laplace_llm.benchmark.calibration.tasks import Recipe, Row, label_words
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 OnStep = Callable[[nn.Module, int, int], None]
@@ -56,7 +56,7 @@ class Trainer:
     base : torch.nn.Module
         The language model. It is copied for every adapter, but for its weights, which all share.
     tokenizer : PreTrainedTokenizerBase
-    task : Task
+    task : Recipe
     rows : Sequence[Row]
         The training rows.
     rank : int
@@ -69,7 +69,7 @@ class Trainer:
 
     base: nn.Module
     tokenizer: Any
-    task: Task
+    task: Recipe
     rows: Sequence[Row]
     rank: int
     targets: Sequence[str]
@@ -101,15 +101,9 @@ class Trainer:
     @property
     def collate(self) -> Callable[[Sequence[Row]], Any]:
         """The collator that goes with the head."""
-        task, prompt = self.task, laplace_llm.question_prompt
-        if task.prompt is not None:
-            template = task.prompt
-            prompt = lambda row: template.replace("{question}", row["question"])  # noqa: E731
-        elif task.head == "letters":
-            prompt = laplace_llm.letter_prompt
-        if task.head == "scored":
-            return laplace_llm.ChoiceScoringCollator(self.tokenizer, prompt, packed=True)
-        return laplace_llm.MultipleChoiceCollator(self.tokenizer, prompt)
+        if self.task.head == "scored":
+            return laplace_llm.ChoiceScoringCollator(self.tokenizer, self.task.ask, packed=True)
+        return laplace_llm.MultipleChoiceCollator(self.tokenizer, self.task.ask)
 
     def batches(self, rows: Iterable[Row]) -> list[Any]:
         """Return batches of rows; those of like length share one."""
