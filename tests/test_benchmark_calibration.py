@@ -393,6 +393,12 @@ def test_overview_has_every_method_of_every_task():
     ]
 
 
+def test_overview_of_a_task_that_failed_altogether():
+    runs = [run_of("MAP", 1.0, "point")]
+    lines = overview_table({task: rows(runs, task) for task in ("one", "two")}).splitlines()
+    assert lines[2] == "| MAP ° | **1.000** | **0.100** |  |  |"
+
+
 def test_the_best_is_one_of_those_with_all_seeds():
     column = {"whole": [0.5, 0.7], "lucky": [0.1], "worse": [0.9, 0.9]}
     texts = cells(column, ".3f", higher=False)

@@ -51,7 +51,7 @@ def metric_table(table: dict[str, Row], all_data: dict[str, Row]) -> str:
             form, higher = METRICS[name]
             values = {m: row.metric(name) for m, row in all_data.items()}
             columns[f"{name}, all data"] = cells(values, form, higher)
-    most = max(len(row.runs) for row in table.values())
+    most = max((len(row.runs) for row in table.values()), default=0)
     lines = []
     for name, row in table.items():
         few = "" if len(row.runs) == most else f" ({len(row.runs)} of {most} seeds)"
@@ -69,7 +69,7 @@ def overview_table(by_task: Mapping[str, dict[str, Row]]) -> str:
             columns[f"{task}, {name}"] = cells(values, *METRICS[name])
     every = {m: row for table in by_task.values() for m, row in table.items()}
     for task, table in by_task.items():
-        most = max(len(row.runs) for row in table.values())
+        most = max((len(row.runs) for row in table.values()), default=0)
         for m, row in table.items():
             if len(row.runs) < most:
                 columns[f"{task}, NLL"][m] += f" ({len(row.runs)} of {most} seeds)"
