@@ -36,13 +36,13 @@ def _row(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"Expected a row {EXAMPLE} in {where}, but got {error}.") from None
-    wrong = problem(row)
+    wrong = _problem(row)
     if wrong:
         raise DataError(f"Expected a row {EXAMPLE} in {where}, but {wrong}.")
     return row
 
 
-def problem(row: Any) -> str | None:
+def _problem(row: Any) -> str | None:
     """Return what makes something not a row, if anything."""
     if not isinstance(row, dict):
         return f"it is of type {type(row).__name__}"
