@@ -299,6 +299,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "kron (default)": {"structure": "kron"},
     "kron, B only": {"structure": "kron", "tensors": "B"},
     "kron, exact sides": {"structure": "kron", "backend_kwargs": {"rank": 512}},
+    "ekfac (default)": {"structure": "ekfac"},
+    "ekfac, exact sides": {"structure": "ekfac", "backend_kwargs": {"rank": 512}},
     "kron, rank 10": {"structure": "kron", "backend_kwargs": {"rank": 10}},
     "kron, expand": {"structure": "kron", "backend_kwargs": {"kfac_approx": "expand"}},
     "kron, Monte-Carlo": {"structure": "kron", "backend_kwargs": {"stochastic": True}},
@@ -358,6 +360,8 @@ def _numbers(la: Any) -> int:
         # q, k and v share the factor of their input.
         moments = {id(m): m for p in la.H_facs.pairs for m in (p.outputs, p.inputs)}
         shapes = [m.matrix.shape if hasattr(m, "matrix") else m.shape for m in moments.values()]
+        corrected = getattr(la, "H_moments", None)
+        shapes += [sums.shape for sums in corrected.kept + corrected.totals] if corrected else []
         return sum(shape.numel() for shape in shapes)
     return la.H.numel()
 

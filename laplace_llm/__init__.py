@@ -18,6 +18,7 @@ from laplace_llm.scoring_head import ChoiceScoringHead
 from laplace_llm.shared import shared_moments_grid
 from laplace_llm.structures import (
     DiagLoraLaplace,
+    EkfacLoraLaplace,
     FullLoraLaplace,
     KronLoraLaplace,
     Laplace,
@@ -31,6 +32,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     # posteriors
     "Laplace",
     "KronLoraLaplace",
+    "EkfacLoraLaplace",
     "LowRankLoraLaplace",
     "DiagLoraLaplace",
     "FullLoraLaplace",

@@ -13,6 +13,7 @@ from laplace_llm import taps
 from laplace_llm._compat import CurvatureInterface, Kron
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype
 from laplace_llm.data import check_labels
+from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
 from laplace_llm.rows import LowRankGGN
@@ -166,6 +167,15 @@ class StreamingInterface(CurvatureInterface):
         inputs = tensor.dense(inputs, self.dtype)
         return (inputs / torch.as_tensor(counts).to(inputs).sqrt()[..., None]).flatten(0, 1)
 
+    def accumulate_eigenvalues(self, state: EigenbasisMoments, x: Batch, y: Tensor) -> BatchSummary:
+        """Add a batch's gradients along the axes of an eigenbasis in place."""
+        run, columns, summary = self._forward(x, y)
+        outer = self._outer(run)
+        for _ in run.sweep(columns, lambda i, g: state.add(i, outer(i, g))):
+            pass
+        self._check_finite(torch.stack([total.sum().cpu() for total in state.totals]))
+        return summary
+
     def accumulate_diag(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch to the diagonal (P,) in place."""
         run, columns, summary = self._forward(x, y)
@@ -296,6 +306,15 @@ class StreamingInterface(CurvatureInterface):
         state = torch.zeros(shape, dtype=self.dtype, device=self.tensors[0].weight.device)
         with torch.enable_grad():
             return accumulate(state, x, y).loss, state
+
+
+def check_streaming(backend: type[CurvatureInterface] | None, needed: str) -> None:
+    """Raise OptionError unless the backend is the default or another streaming one."""
+    if backend is not None and not issubclass(backend, StreamingInterface):
+        raise OptionError(
+            f"{backend.__name__} cannot give {needed}. Leave out backend=..., or use "
+            "StreamingGGN or StreamingEF."
+        )
 
 
 def _check_trainable(trainable: dict[str, nn.Parameter], names: list[str]) -> None:

@@ -9,7 +9,7 @@ matrix for a low-rank side.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Block:
 
     def scaled(self, small: Tensor | float, large: Tensor | float) -> Block:
         """Return the block with its two factors multiplied."""
-        return Block(self.small.scaled(small), self.large.scaled(large), self.transposed)
+        return replace(self, small=self.small.scaled(small), large=self.large.scaled(large))
 
     def fold(self, weights: Tensor) -> Tensor:
         """Turn (..., out * in) into (..., r, d)."""
@@ -64,6 +64,32 @@ class Block:
         return b[:, None] * a + delta[..., None], b * rho + delta
 
 
+@dataclass(frozen=True)
+class CorrectedBlock(Block):
+    """A block with eigenvalues of its own in place of the products of its factors'.
+
+    Attributes
+    ----------
+    kept : Tensor
+        (r, k), on the kept pairs.
+    rest : Tensor
+        (r,), on the complement.
+    """
+
+    kept: Tensor
+    rest: Tensor
+
+    def scaled(self, small: Tensor | float, large: Tensor | float) -> CorrectedBlock:
+        """Return the block multiplied by both numbers."""
+        kept, rest = self.kept * small * large, self.rest * small * large
+        return replace(self, kept=kept, rest=rest)
+
+    def eigenvalues(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues (..., r, k) and (..., r); there are no factors to damp."""
+        assert not damping
+        return self.kept + delta[..., None, None], self.rest + delta[..., None]
+
+
 class LoraKronDecomposed:
     """Eigendecomposed Kronecker curvature plus a prior precision per tensor.
 
@@ -74,7 +100,8 @@ class LoraKronDecomposed:
     Parameters
     ----------
     blocks : Sequence[Block]
-        Eigenpairs, one block a tensor.
+        Eigenpairs, one block a tensor. With `CorrectedBlock` the eigenvalues ``b l^T`` and ``b
+        rho`` are others, in the same eigenbasis.
     deltas : Tensor, optional
         Prior precision of each block, shape (L,); zeros by default.
     damping : bool, default=False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,27 @@ from laplace_llm.tuning import LoraTuned
 
 # So many training examples are kept (as the loader's batches) to look at the confidence on.
 SAMPLE_SIZE = 32
+
+
+class Seen(NamedTuple):
+    """What a pass over a loader saw, besides the curvature.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Negative log likelihood summed over the data.
+    n_data : int
+        Number of examples.
+    n_outputs : int
+        C.
+    sample : list[Batch]
+        The inputs of the first batches.
+    """
+
+    loss: Tensor
+    n_data: int
+    n_outputs: int
+    sample: list[Batch]
 
 
 class LoraLaplace(LoraTuned):
@@ -55,33 +76,47 @@ class LoraLaplace(LoraTuned):
             posterior stays as it was.
         """
         merge = not override and self.H is not None
-        sample: list[Batch] = []
-        with self._borrowed(as_fitted=merge):
-            state, n_data, n_outputs = self._empty_curvature(), 0, 0
-            loss = torch.zeros((), dtype=self._dtype, device=self._device)
-            batches = labelled(
-                train_loader, self.dict_key_y, self._device, "[Computing Hessian]", progress_bar
-            )
-            for index, (x, y) in enumerate(batches):
-                try:
-                    summary = self._fit_batch(state, x, y)
-                except LaplaceLLMError as error:
-                    raise numbered(error, index) from error
-                loss += summary.loss.to(loss)
-                if n_data < SAMPLE_SIZE:
-                    sample.append(x)
-                n_data, n_outputs = n_data + len(y), summary.n_outputs
-            self._set_curvature(state, merge)
-            self.mean = self._values()
-            self.loss = self.loss + loss if merge else loss
-        self.n_data = self.n_data + n_data if merge else n_data
-        self.n_outputs = n_outputs
-        self._fitted_under = active_adapters(self.model)
-        self._train_sample = sample
         earlier = self._train_loaders if merge else []
+        with self._borrowed(as_fitted=merge):
+            state = self._empty_curvature()
+            seen = self._stream(
+                train_loader, state, self._fit_batch, "[Computing Hessian]", progress_bar
+            )
+            loaders = [*(earlier or []), train_loader]
+            self._set_curvature(self._completed(state, merge, loaders, progress_bar), merge)
+            self.mean = self._values()
+            self.loss = self.loss + seen.loss if merge else seen.loss
+        self.n_data = self.n_data + seen.n_data if merge else seen.n_data
+        self.n_outputs = seen.n_outputs
+        self._fitted_under = active_adapters(self.model)
+        self._train_sample = seen.sample
         # An iterator is used up now; and some of the data must not pass for all of them.
         gone = earlier is None or isinstance(train_loader, Iterator)
-        self._train_loaders = None if gone else [*(earlier or []), train_loader]
+        self._train_loaders = None if gone else loaders
+
+    def _stream(
+        self,
+        loader: Iterable[Any],
+        state: Any,
+        accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
+        description: str,
+        progress_bar: bool,
+    ) -> Seen:
+        """Add every batch of a loader to running sums in place, and say what came by."""
+        sample: list[Batch] = []
+        n_data, n_outputs = 0, 0
+        loss = torch.zeros((), dtype=self._dtype, device=self._device)
+        batches = labelled(loader, self.dict_key_y, self._device, description, progress_bar)
+        for index, (x, y) in enumerate(batches):
+            try:
+                summary = accumulate(state, x, y)
+            except LaplaceLLMError as error:
+                raise numbered(error, index) from error
+            loss += summary.loss.to(loss)
+            if n_data < SAMPLE_SIZE:
+                sample.append(x)
+            n_data, n_outputs = n_data + len(y), summary.n_outputs
+        return Seen(loss, n_data, n_outputs, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -231,6 +231,15 @@ class LoraPosterior(ParametricLaplace):
     def _set_curvature(self, state: Any, merge: bool) -> None:
         """Make the posterior from running sums, adding to the present ones if `merge`."""
 
+    def _completed(
+        self, state: Any, merge: bool, loaders: list[Iterable[Any]], progress_bar: bool
+    ) -> Any:
+        """Return the running sums with what takes another pass over all data; none by default.
+
+        `loaders` are those of the earlier fits (if `merge`) and of this one.
+        """
+        return state
+
     @abstractmethod
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         """Return output covariances (B, C, C) from one Jacobian (B, C, out * in) a tensor."""
@@ -247,8 +256,8 @@ class LoraPosterior(ParametricLaplace):
         if type(self)._tensor_variances is LoraPosterior._tensor_variances:
             raise OptionError(
                 f"Expected prior_structure='scalar', as in {type(self).__name__} the variances of "
-                "the tensors do not add up. Use hessian_structure='kron' or 'diag' for a prior "
-                "precision per tensor."
+                "the tensors do not add up. Use hessian_structure='kron', 'ekfac' or 'diag' for a "
+                "prior precision per tensor."
             )
 
     def _variance_grid(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:

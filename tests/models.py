@@ -26,7 +26,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from laplace_llm import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
+from laplace_llm.factors import FactorPair, LoraKron
 from laplace_llm.rows import LowRankGGN
+from laplace_llm.sketch import spectra
 
 VOCABULARY = 50
 HIDDEN = 16
@@ -584,6 +586,39 @@ def _posterior_part(tensor: Any, gradient: Tensor | None) -> Tensor:
     """Return what the posterior is over of a parameter's gradient, as a vector."""
     gradient = torch.zeros_like(tensor.weight) if gradient is None else gradient
     return (gradient if tensor.rows is None else gradient[list(tensor.rows)]).flatten()
+
+
+def diagonal_blocks(matrix: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return the square blocks of these sizes on a matrix's diagonal."""
+    rows = matrix.split(list(sizes), 0)
+    return [row.split(list(sizes), 1)[index] for index, row in enumerate(rows)]
+
+
+def eigenprojections(pair: FactorPair) -> list[Tensor]:
+    """Return the projection on every product of an eigenspace of either Kronecker factor.
+
+    Which eigenvectors span an eigenspace is arbitrary; its projection is not.
+    """
+    factors = []
+    for moment in (pair.outputs, pair.inputs):
+        values, vectors = torch.linalg.eigh(spectra([moment])[0].dense())
+        groups = (values.diff(prepend=values[:1]) > 1e-10 * values[-1]).cumsum(0)
+        parts = [vectors[:, groups == group] for group in groups.unique()]
+        factors.append([part @ part.T for part in parts])
+    return [torch.kron(left, right) for left in factors[0] for right in factors[1]]
+
+
+def refitted_blocks(factors: LoraKron, curvature: Tensor) -> list[Tensor]:
+    """Return each tensor's curvature averaged over every product of its factors' eigenspaces.
+
+    `curvature` is that of all tensors, (P, P).
+    """
+    projections = [eigenprojections(pair) for pair in factors.pairs]
+    exact = diagonal_blocks(curvature, [len(each[0]) for each in projections])
+    return [
+        sum((p @ block).trace() / p.trace() * p for p in each)
+        for each, block in zip(projections, exact, strict=True)
+    ]
 
 
 def explicit_ggn(jacobians: Tensor, logits: Tensor | None) -> Tensor:

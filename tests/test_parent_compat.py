@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import laplace_llm
 from laplace_llm import (
     DiagLoraLaplace,
+    EkfacLoraLaplace,
     FullLoraLaplace,
     KronLoraLaplace,
     LowRankLoraLaplace,
@@ -55,6 +56,7 @@ def lora(model: nn.Module, structure: str = "kron", batch: Any = None, **kwargs:
 
 OURS = {
     "lora kron": "laplace_llm.structures.kron.KronLoraLaplace",
+    "lora ekfac": "laplace_llm.structures.ekfac.EkfacLoraLaplace",
     "lora lowrank": "laplace_llm.structures.lowrank.LowRankLoraLaplace",
     "lora diag": "laplace_llm.structures.diag.DiagLoraLaplace",
     "lora full": "laplace_llm.structures.full.FullLoraLaplace",
@@ -114,6 +116,7 @@ def test_no_class_inherits_a_key():
     ("structure", "cls"),
     [
         ("kron", KronLoraLaplace),
+        ("ekfac", EkfacLoraLaplace),
         ("lowrank", LowRankLoraLaplace),
         ("diag", DiagLoraLaplace),
         ("full", FullLoraLaplace),
@@ -312,7 +315,7 @@ def test_low_precision_base_keeps_everything_in_float32(structure):
     )
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
 def test_low_precision_base_is_close_to_a_float32_base(structure):
     la, reference = (lora(mixed(dtype), structure) for dtype in (torch.bfloat16, torch.float32))
     got, expected = la.log_marginal_likelihood(), reference.log_marginal_likelihood()
@@ -338,7 +341,7 @@ def test_low_precision_adapters_work():
     torch.testing.assert_close(la(letter_batch(3), **NN).sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
 def test_float32_marginal_likelihood_equals_float64(structure):
     single, double = tiny_llama(), tiny_llama()
     single = single.float()
@@ -395,7 +398,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
 @pytest.mark.parametrize(
     "draw",
     [

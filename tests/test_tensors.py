@@ -23,6 +23,7 @@ from torch import nn
 
 from laplace_llm import (
     DiagLoraLaplace,
+    EkfacLoraLaplace,
     FullLoraLaplace,
     KronLoraLaplace,
     LowRankLoraLaplace,
@@ -36,7 +37,13 @@ from laplace_llm.sketch import spectra
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 ALL = pytest.mark.parametrize("kind", KINDS)
-STRUCTURES = (KronLoraLaplace, LowRankLoraLaplace, DiagLoraLaplace, FullLoraLaplace)
+STRUCTURES = (
+    KronLoraLaplace,
+    EkfacLoraLaplace,
+    LowRankLoraLaplace,
+    DiagLoraLaplace,
+    FullLoraLaplace,
+)
 
 
 def fitted(kind: str, structure: type[LoraLaplace] = FullLoraLaplace, **kwargs):
@@ -161,7 +168,7 @@ def test_every_structure_predicts_by_its_own_precision(kind, structure):
     x = inputs_of(batch)
     jacobians = bruteforce_jacobians(la.model, x, la.tensors)
     precision = la.posterior_precision
-    if structure is KronLoraLaplace:
+    if issubclass(structure, KronLoraLaplace):
         precision = precision.to_matrix()
     elif structure is LowRankLoraLaplace:
         (vectors, values), prior = precision

@@ -9,15 +9,23 @@ from torch import nn
 from laplace_llm._compat import parent_factory
 from laplace_llm.errors import OptionError
 from laplace_llm.structures.diag import DiagLoraLaplace
+from laplace_llm.structures.ekfac import EkfacLoraLaplace
 from laplace_llm.structures.full import FullLoraLaplace
 from laplace_llm.structures.kron import KronLoraLaplace
 from laplace_llm.structures.lowrank import LowRankLoraLaplace
 
-STRUCTURES = (KronLoraLaplace, LowRankLoraLaplace, DiagLoraLaplace, FullLoraLaplace)
+STRUCTURES = (
+    KronLoraLaplace,
+    EkfacLoraLaplace,
+    LowRankLoraLaplace,
+    DiagLoraLaplace,
+    FullLoraLaplace,
+)
 
 __all__ = [
     "STRUCTURES",
     "DiagLoraLaplace",
+    "EkfacLoraLaplace",
     "FullLoraLaplace",
     "KronLoraLaplace",
     "Laplace",
@@ -41,7 +49,7 @@ def Laplace(
         See `LoraLaplace`.
     likelihood : str, default='classification'
     subset_of_weights : str, default='lora'
-    hessian_structure : {'kron', 'lowrank', 'diag', 'full'}, default='kron'
+    hessian_structure : {'kron', 'ekfac', 'lowrank', 'diag', 'full'}, default='kron'
         For ``subset_of_weights='lora'``; all of the parent's otherwise.
     *args, **kwargs
         See `LoraLaplace`, `KronLoraLaplace` or the parent's classes.

@@ -105,5 +105,5 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
         assert self.H_facs is not None
         return self.H_facs.state()
 
-    def _curvature_from_state(self, state: dict[str, Any]) -> LoraKron:
+    def _curvature_from_state(self, state: dict[str, Any]) -> Any:
         return self._empty_curvature().load(state)

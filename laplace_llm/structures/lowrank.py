@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from laplace_llm._compat import CurvatureInterface, ParametricLaplace
 from laplace_llm.adapters import Sides
-from laplace_llm.curvature import BatchSummary, StreamingInterface
+from laplace_llm.curvature import BatchSummary, check_streaming
 from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
 from laplace_llm.lowrank import LowRankPrecision
@@ -70,11 +70,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
             raise OptionError(f"Expected max_rank=None or an integer >= 1, but got {max_rank!r}.")
         if factors_on not in (None, "cpu", "disk"):
             raise OptionError(f"Expected factors_on=None, 'cpu' or 'disk', but got {factors_on!r}.")
-        if backend is not None and not issubclass(backend, StreamingInterface):
-            raise OptionError(
-                f"{backend.__name__} cannot give the rows of a GGN. Leave out backend=..., or use "
-                "StreamingGGN or StreamingEF."
-            )
+        check_streaming(backend, "the rows of a GGN")
         self.max_rank, self.factors_on = max_rank, factors_on
         LoraLaplace.__init__(
             self, model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,
