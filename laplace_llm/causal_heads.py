@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from laplace_llm.collate import continuation
 from laplace_llm.errors import DataError, OptionError
-from laplace_llm.heads import at_least_float32, unwrap
+from laplace_llm.heads import Head, at_least_float32, only_present, present_choices, unwrap
 
 
-class CausalHead(nn.Module):
+class CausalHead(Head):
     """What the heads on causal language models share: the backbone, without its vocabulary.
 
     Parameters
@@ -44,10 +44,6 @@ class CausalHead(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self._causal.get_input_embeddings().weight.device
-
-    def prepare(self, batch: Any) -> Any:
-        """Return the batch as the model will see it; here, as it is."""
-        return batch
 
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
@@ -149,12 +145,14 @@ class MultipleChoiceHead(CausalHead):
         Parameters
         ----------
         batch : MutableMapping
-            ``input_ids`` (B, T) and optionally ``attention_mask`` (B, T), padded on either side.
+            ``input_ids`` (B, T) and optionally ``attention_mask`` (B, T), padded on either side,
+            and ``choice_present`` (B, C): other choices' logits are -inf.
 
         Raises
         ------
         DataError
-            If a row has no real token, or the inputs are missing, not (B, T), or packed choices.
+            If a row has no real token or no choice, or the inputs are missing, of another shape,
+            or packed choices.
         """
         ids, mask = ids_and_mask(batch, 2, self._device)
         if "choice_ids" in batch:
@@ -173,7 +171,7 @@ class MultipleChoiceHead(CausalHead):
         else:
             assert self.vocabulary is not None
             logits = self.vocabulary(features)[:, self.choice_token_ids]
-        return self._finish(at_least_float32(logits))
+        return only_present(self._finish(at_least_float32(logits)), present_choices(batch))
 
 
 class _ChoiceLayer(nn.Linear):

@@ -51,20 +51,27 @@ class MultipleChoiceCollator:
         Its ``padding_side`` is used; a tokenizer without a padding token is fine.
     prompt : Callable, default=letter_prompt
         Maps a row to the text that the answer's token follows.
+    n_choices : int, optional
+        C, the choices of the head, where rows may have fewer; default: the most in a batch.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Callable[[Row], str] = letter_prompt
+    n_choices: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
         """Return ``input_ids`` and ``attention_mask`` (B, T), and ``labels`` (B,) if all have one.
 
+        Where rows have fewer than C choices there is ``choice_present`` (B, C) too, True on the
+        choices of each row.
+
         Raises
         ------
         DataError
-            If a row lacks its question or choices, or an answer is not an index into them.
+            If a row lacks its question or choices, has more than `n_choices`, or an answer is not
+            an index into them.
         """
-        labels = _labels(rows)
+        labels = _labels(rows) | _present(rows, self.n_choices)
         sequences = [_ids(self.tokenizer, self.prompt(row)) for row in rows]
         ids, mask = _pad(self.tokenizer, sequences)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask, **labels})
@@ -86,11 +93,15 @@ class ChoiceScoringCollator:
         Maps a row to the text that " " + choice follows.
     packed : bool, default=True
         Whether a question and its choices share one sequence.
+    n_choices : int, optional
+        C, the most choices of any row; default: the most in a batch. All batches of a loader must
+        have the same.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Callable[[Row], str] = question_prompt
     packed: bool = True
+    n_choices: int | None = None
 
     def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
         """Return a batch, with ``labels`` (B,) if all rows have an answer.
@@ -101,19 +112,16 @@ class ChoiceScoringCollator:
 
         Otherwise ``input_ids``, ``attention_mask`` and ``choice_mask`` (B, C, T).
 
+        In both, where rows have fewer than C choices, ``choice_present`` (B, C), True on the
+        choices of each row; the sequences of the others are all padding.
+
         Raises
         ------
         DataError
-            If a row lacks its question or choices, an answer is not an index into them, or the
-            rows have different numbers of choices.
+            If a row lacks its question or choices, has more than `n_choices`, or an answer is not
+            an index into them.
         """
-        labels = _labels(rows)
-        sizes = {len(row["choices"]) for row in rows}
-        if len(sizes) != 1:
-            raise DataError(
-                f"Expected rows with the same number of choices, but got {sorted(sizes)}. Leave "
-                "out the odd ones, or batch rows of the same number together."
-            )
+        labels = _labels(rows) | _present(rows, self.n_choices)
         parts = [self._parts(row) for row in rows]
         return BatchEncoding({**(self._pack if self.packed else self._separate)(parts), **labels})
 
@@ -124,12 +132,16 @@ class ChoiceScoringCollator:
         return _ids(self.tokenizer, prompt), tails
 
     def _separate(self, parts: Sequence[Parts]) -> dict[str, Tensor]:
-        sequences = [head + tail for head, tails in parts for tail in tails]
-        lengths = torch.tensor([len(tail) for _, tails in parts for tail in tails])
+        most = max(self.n_choices or 0, *(len(tails) for _, tails in parts))
+        sequences, lengths = list[list[int]](), list[int]()
+        for head, tails in parts:
+            absent = most - len(tails)
+            sequences += [head + tail for tail in tails] + [[]] * absent
+            lengths += [len(tail) for tail in tails] + [0] * absent
         ids, mask = _pad(self.tokenizer, sequences)
         # Counted from the row's last real token, the choice is the last `length` of them.
         from_end = mask.flip(-1).cumsum(-1).flip(-1)
-        chosen = mask.bool() & (from_end <= lengths[:, None])
+        chosen = mask.bool() & (from_end <= torch.tensor(lengths)[:, None])
         batch = {"input_ids": ids, "attention_mask": mask, "choice_mask": chosen}
         return {key: value.view(len(parts), -1, ids.shape[1]) for key, value in batch.items()}
 
@@ -187,6 +199,18 @@ def _pad(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> tupl
 def _pad_with(value: int, sequences: list[list[int]], side: str) -> Tensor:
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _present(rows: Sequence[Row], n_choices: int | None) -> dict[str, Tensor]:
+    counts = torch.tensor([len(row["choices"]) for row in rows])
+    most = int(counts.max())
+    if n_choices is not None and most > n_choices:
+        raise DataError(
+            f"Expected rows of at most n_choices={n_choices} choices, but row "
+            f"{int(counts.argmax())} has {most}. Pass n_choices={most} or more."
+        )
+    present = torch.arange(n_choices or most) < counts[:, None]
+    return {} if bool(present.all()) else {"choice_present": present}
 
 
 def _labels(rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_llm import taps
 from laplace_llm._compat import CurvatureInterface, Kron
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype
+from laplace_llm.contrasts import choice_contrasts
 from laplace_llm.data import check_labels
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import AdapterError, OptionError, OutputError
@@ -222,7 +223,7 @@ class StreamingInterface(CurvatureInterface):
         )
 
     def jacobian_blocks(
-        self, x: Batch, create_graph: bool = False, directions: Tensor | None = None
+        self, x: Batch, create_graph: bool = False, centred: bool = False
     ) -> tuple[list[Tensor], Tensor]:
         """Return the Jacobian of each tensor, (B, K, out * in), and the outputs (B, C).
 
@@ -234,12 +235,14 @@ class StreamingInterface(CurvatureInterface):
             Model inputs.
         create_graph : bool, default=False
             Whether the result is to be differentiated with respect to the inputs.
-        directions : Tensor, optional
-            (C, K), what the outputs are multiplied by first; default: the identity.
+        centred : bool, default=False
+            Whether to project the outputs on the K = C - 1 contrasts of the choices that each
+            example has (`laplace_llm.contrasts`); else, or for a single output, K = C.
         """
         run = taps.forward(self.model, self.tensors, x, create_graph)
-        if directions is None:
-            directions = torch.eye(run.logits.shape[1])
+        directions = torch.eye(run.logits.shape[1])
+        if centred and run.logits.shape[1] > 1:
+            directions = choice_contrasts(run.logits.isfinite(), run.logits.detach())
         columns = run.sweep(directions.to(run.logits), self._outer(run), create_graph)
         blocks = [list(block) for block in zip(*columns, strict=True)]
         outputs = run.logits if create_graph else run.logits.detach()

@@ -79,9 +79,9 @@ def check_labels(
     Parameters
     ----------
     labels : Tensor
-        (B,) class indices, or (B, C) targets for regression.
+        (B,) class indices, or (B, C) targets for regression; (B,) too where C = 1.
     logits : Tensor
-        (B, C).
+        (B, C); -inf for a choice that its row does not have.
     regression : bool
         Which of the two is expected.
     index : int, optional
@@ -99,6 +99,8 @@ def check_labels(
             raise numbered(error, index) from error
     labels = labels.to(logits.device)
     if regression:
+        if logits.shape[1] == 1 and labels.shape == logits.shape[:1]:
+            labels = labels[:, None]
         if labels.shape != logits.shape:
             raise DataError(
                 f"Expected regression targets of the outputs' shape {tuple(logits.shape)}, but got "
@@ -116,4 +118,39 @@ def check_labels(
             f"Expected labels from 0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} "
             f"outputs, but got {int(labels[outside][0])}."
         )
-    return labels.long()
+    labels = labels.long()
+    absent = logits.gather(1, labels[:, None]) == -torch.inf
+    if bool(absent.any()):
+        row = int(absent.flatten().nonzero()[0])
+        raise DataError(
+            f"Expected labels of choices that their rows have, but row {row} has label "
+            f"{int(labels[row])}, whose logit is -inf: it has no such choice."
+        )
+    return labels
+
+
+def check_outputs(count: int, before: int | None, index: int | None = None) -> int:
+    """Return the number C of a batch's outputs, or say that it is not that of earlier batches.
+
+    Parameters
+    ----------
+    count : int
+        The batch's.
+    before : int, optional
+        The earlier batches'; None if this is the first.
+    index : int, optional
+        The batch's number, for the error.
+
+    Raises
+    ------
+    DataError
+        If they differ.
+    """
+    if before is None or count == before:
+        return count
+    error = DataError(
+        f"Expected the same number of outputs from every batch, but got {count} after {before}. "
+        "Where questions have different numbers of choices, tell the collator the largest of a "
+        f"row: n_choices={max(count, before)} or more."
+    )
+    raise error if index is None else numbered(error, index)

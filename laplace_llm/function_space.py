@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_llm.contrasts import choice_contrasts, contrasts
 from laplace_llm.errors import PriorError
 from laplace_llm.moments import Moments
 
@@ -43,7 +44,8 @@ class FunctionSpace:
     """Outputs, labels and kernel of N training examples, in float64.
 
     Classification works in the K = C - 1 contrasts of the logits (`contrasts`), as the softmax
-    does not see what all logits share; regression in its K = C outputs themselves.
+    does not see what all logits share; regression in its K = C outputs themselves. Where examples
+    have different numbers of choices, each has the contrasts of its own, and zeros in the others.
 
     Attributes
     ----------
@@ -57,6 +59,8 @@ class FunctionSpace:
         (N K, N K), ``J J^T``.
     factor : float
         What the log likelihood is multiplied by: 1 / temperature, over the noise variance.
+    present : Tensor, optional
+        (N, C), which choices each example has; default: all.
     """
 
     trained: Tensor
@@ -64,6 +68,7 @@ class FunctionSpace:
     labels: Tensor
     kernel: Tensor
     factor: float = 1.0
+    present: Tensor | None = None
 
     @property
     def regression(self) -> bool:
@@ -72,9 +77,25 @@ class FunctionSpace:
 
     @cached_property
     def basis(self) -> Tensor:
-        """(C, K): outputs are ``latent @ basis.T``, up to what they share."""
+        """(C, K), or (N, C, K) with `present`: what outputs are projected on."""
         k = self.trained.shape[1]
-        return torch.eye(k).to(self.trained) if self.regression else contrasts(k + 1, self.trained)
+        if self.regression:
+            return torch.eye(k).to(self.trained)
+        if self.present is None:
+            return contrasts(k + 1, self.trained)
+        return choice_contrasts(self.present, self.trained)
+
+    def outputs(self, latent: Tensor) -> Tensor:
+        """Return the outputs (N, C) of latent ones (N, K), less what an example's choices share.
+
+        They are -inf for a choice that the example does not have.
+        """
+        outputs = (latent[:, None] @ self.basis.mT)[:, 0]
+        return outputs if self.present is None else outputs.masked_fill(~self.present, -torch.inf)
+
+    def output_covariances(self, covariances: Tensor) -> Tensor:
+        """Return the covariances (..., N, C, C) of outputs from latent ones (..., N, K, K)."""
+        return self.basis @ covariances @ self.basis.mT
 
     # The likelihood ------------------------------------------------------------------------------
 
@@ -82,20 +103,21 @@ class FunctionSpace:
         """Return the log likelihood at outputs (N, K), summed (for regression: up to constants)."""
         if self.regression:
             return -0.5 * self.factor * (self.labels - latent).square().sum()
-        return -self.factor * F.cross_entropy(latent @ self.basis.T, self.labels, reduction="sum")
+        return -self.factor * F.cross_entropy(self.outputs(latent), self.labels, reduction="sum")
 
     def _gradient(self, latent: Tensor) -> Tensor:
         if self.regression:
             return self.factor * (self.labels - latent)
-        p = torch.softmax(latent @ self.basis.T, -1)
-        return self.factor * (F.one_hot(self.labels, p.shape[1]) - p) @ self.basis
+        p = torch.softmax(self.outputs(latent), -1)
+        residuals = F.one_hot(self.labels, p.shape[1]) - p
+        return self.factor * (residuals[:, None] @ self.basis)[:, 0]
 
     def _hessian_root(self, latent: Tensor) -> Tensor:
         """Return L (N, K, K) with ``L L^T`` the negative Hessian of the log likelihood."""
         n, k = latent.shape
         if self.regression:
             return self.factor**0.5 * torch.eye(k).to(latent).expand(n, k, k)
-        p = torch.softmax(latent @ self.basis.T, -1)
+        p = torch.softmax(self.outputs(latent), -1)
         scaled = self.basis * p[:, :, None].sqrt()  # (N, C, K)
         shared = p[:, None] @ self.basis  # (N, 1, K)
         hessian = scaled.mT @ scaled - shared.mT @ shared
@@ -197,7 +219,7 @@ class FunctionSpace:
         """
         cavity = self.cavities(mode, self.kernel.new_tensor([delta]))[0]
         mean = mode.latent - (cavity @ self._gradient(mode.latent)[:, :, None])[:, :, 0]
-        return Moments(mean @ self.basis.T, self.basis @ cavity @ self.basis.T)
+        return Moments(self.outputs(mean), self.output_covariances(cavity))
 
     def cavities(self, mode: Mode, deltas: Tensor) -> Tensor:
         """Return the leave-one-out covariances around `mode` under G prior precisions.
@@ -241,12 +263,3 @@ def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
         outer = (row[:, :, None] * row[:, None, :]).flatten(1)
         parts.append((weights @ outer).unflatten(1, (row.shape[1], -1)))
     return torch.stack(parts, 1)
-
-
-def contrasts(classes: int, like: Tensor) -> Tensor:
-    """Return Helmert's orthonormal contrasts (C, C - 1): a basis of what sums to zero."""
-    counts = torch.arange(1, classes, device=like.device)
-    above = torch.arange(classes, device=like.device)[:, None] < counts
-    matrix = above.to(like)
-    matrix[counts, counts - 1] = -counts.to(like)
-    return matrix / (counts * (counts + 1)).to(like).sqrt()

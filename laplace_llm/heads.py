@@ -1,21 +1,56 @@
-"""Heads: from a Hugging Face classifier to (B, C) logits, called with one mapping."""
+"""Heads: from a Hugging Face classifier to (B, C) logits, called with one mapping.
+
+Also what all heads share: choices that a row does not have.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from laplace_llm.errors import OutputError
+from laplace_llm.errors import DataError, OutputError
 
 
-class SequenceClassificationHead(nn.Module):
+class Head(nn.Module):
+    """What all heads share: choices that a row does not have.
+
+    A batch may hold ``choice_present`` (B, C), True on the choices of each row. The logits of the
+    others are -inf, which is what that means everywhere in this package.
+    """
+
+    def prepare(self, batch: Any) -> Any:
+        """Return the batch as the model will see it: absent choices' sequences are padding.
+
+        Parameters
+        ----------
+        batch : MutableMapping
+            As for `forward`, which calls this by itself.
+
+        Raises
+        ------
+        DataError
+            If ``choice_present`` is not one flag for each choice, or a row has none.
+        """
+        present = present_choices(batch)
+        if present is None or batch["input_ids"].ndim != 3:
+            return batch
+        check_present(present, batch["input_ids"].shape[:2])
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        return {**batch, "attention_mask": mask * present[..., None].to(mask)}
+
+
+class SequenceClassificationHead(Head):
     """The ``.logits`` of a Hugging Face sequence classifier or multiple-choice model.
+
+    A classifier with ``num_labels=1`` is a reward or regression model. Given several sequences an
+    example, such as a pair of answers of which one is preferred, it scores each of them.
 
     Parameters
     ----------
@@ -29,6 +64,8 @@ class SequenceClassificationHead(nn.Module):
         self.model = model
         accepted = inspect.signature(unwrap(model).forward).parameters
         self._accepted = set(accepted) - {"labels", "return_dict", "kwargs"}
+        name = type(unwrap(model)).__name__
+        self._takes_choices = name in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
 
     def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
         """Return logits (B, C).
@@ -36,26 +73,88 @@ class SequenceClassificationHead(nn.Module):
         Parameters
         ----------
         batch : MutableMapping
-            The model's inputs, on any device; labels and unknown entries are ignored.
+            The model's inputs, on any device; labels and unknown entries are ignored. From a
+            classifier with one label, inputs (B, n, T) have logits (B, n), and (B, T) have (B, 1).
+            ``choice_present`` (B, C), if there, takes choices or classes out.
 
         Raises
         ------
         OutputError
-            If the model's output has no logits.
+            If the model's output has no logits, or more than one label for each of n sequences.
+        DataError
+            If ``choice_present`` is of another shape, or a row has no choice.
         """
+        batch = self.prepare(batch)
         device = next(self.model.parameters()).device
         inputs = {
             key: value.to(device)
             for key, value in batch.items()
             if key in self._accepted and isinstance(value, Tensor)
         }
-        output = self.model(**inputs, return_dict=True)
-        if getattr(output, "logits", None) is None:
+        lead = inputs["input_ids"].shape[:-1] if "input_ids" in inputs else torch.Size()
+        if len(lead) == 2 and "attention_mask" in inputs:
+            inputs["attention_mask"] = attendable(inputs["attention_mask"])
+        several = len(lead) == 2 and not self._takes_choices
+        if several:
+            inputs = {
+                key: value.flatten(0, 1) if value.shape[:2] == lead else value
+                for key, value in inputs.items()
+            }
+        logits = getattr(self.model(**inputs, return_dict=True), "logits", None)
+        if logits is None:
             raise OutputError(
                 f"Expected a model with a classification head, but "
                 f"{type(unwrap(self.model)).__name__} returned no logits."
             )
-        return at_least_float32(output.logits)
+        if several:
+            if logits.shape[1:] != (1,):
+                raise OutputError(
+                    f"Expected a classifier with num_labels=1 for inputs of shape "
+                    f"{(*lead, inputs['input_ids'].shape[-1])}, a score for each sequence, but it "
+                    f"has {logits.shape[-1]} labels. Pass (B, T) inputs, or set num_labels=1."
+                )
+            logits = logits.view(lead)
+        return only_present(at_least_float32(logits), present_choices(batch))
+
+
+def present_choices(batch: Any) -> Tensor | None:
+    """Return a batch's ``choice_present`` as bool (B, C); None where all rows have all choices."""
+    if not isinstance(batch, MutableMapping) or batch.get("choice_present") is None:
+        return None
+    present = batch["choice_present"]
+    if not isinstance(present, Tensor) or present.ndim != 2:
+        came = tuple(present.shape) if isinstance(present, Tensor) else type(present).__name__
+        raise DataError(f"Expected batch['choice_present'] to be a (B, C) tensor, but got {came}.")
+    if not bool(present.bool().any(1).all()):
+        raise DataError(
+            "Expected every row to have a choice, but batch['choice_present'] has none."
+        )
+    return present.bool()
+
+
+def check_present(present: Tensor, shape: Sequence[int]) -> None:
+    """Raise DataError unless ``choice_present`` has one flag for each of B x C choices."""
+    if tuple(present.shape) != tuple(shape):
+        raise DataError(
+            f"Expected batch['choice_present'] of shape {tuple(shape)}, a flag for each row and "
+            f"choice, but got {tuple(present.shape)}. Pass n_choices={shape[1]} to the collator."
+        )
+
+
+def only_present(logits: Tensor, present: Tensor | None) -> Tensor:
+    """Return the logits (B, C) with -inf, and no gradient, for choices that are not present."""
+    if present is None:
+        return logits
+    check_present(present, logits.shape)
+    return logits.masked_fill(~present.to(logits.device), -torch.inf)
+
+
+def attendable(mask: Tensor) -> Tensor:
+    """Return an attention mask (..., T) whose empty sequences are full.
+
+    Attending to nothing is NaN; what comes out of such sequences is not for use.
+    """
+    return mask.masked_fill(~mask.bool().any(-1, keepdim=True), 1)
 
 
 def as_classifier(model: nn.Module) -> nn.Module:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_llm.causal_heads import CausalHead
+from laplace_llm.heads import Head
 from laplace_llm.tensors import LoraTensor
 
 
@@ -110,11 +110,11 @@ def heads_batch(model: nn.Module) -> Iterator[list[Any]]:
     """
     prepared: list[Any] = []
 
-    def prepare(head: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        prepared.append(cast(CausalHead, head).prepare(*args, **kwargs))
+    def prepare(head: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        prepared.append(head.prepare(*args, **kwargs))
         return (prepared[-1],), {}
 
-    heads = [module for module in model.modules() if isinstance(module, CausalHead)]
+    heads = [module for module in model.modules() if isinstance(module, Head)]
     handles = [head.register_forward_pre_hook(prepare, with_kwargs=True) for head in heads]
     try:
         yield prepared

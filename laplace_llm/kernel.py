@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from laplace_llm import taps
 from laplace_llm.adapters import find_lora_tensors
-from laplace_llm.data import check_labels, labelled
-from laplace_llm.function_space import FunctionSpace, contrasts
+from laplace_llm.contrasts import choice_contrasts
+from laplace_llm.data import check_labels, check_outputs, labelled
+from laplace_llm.function_space import FunctionSpace
 from laplace_llm.session import borrowed
 from laplace_llm.sketch import test_matrix
 from laplace_llm.taps import Batch, Taps
@@ -58,8 +59,9 @@ def training_space(
     la.check_adapter()
     others = find_lora_tensors(la.model, la.adapter)
     off = {tensor.name: tensor.without() for tensor in others if tensor.role != "A"}
-    trained, initial, labels, features = [], [], [], []
-    count = 0
+    labels, features, present = [], [], []
+    trained, initial = list[Tensor](), list[Tensor]()
+    count, classes = 0, None
     with borrowed(la.model, [tensor.weight for tensor in tensors]):
         batches = labelled(
             train_loader, la.dict_key_y, la._device, "[Training kernel]", progress_bar
@@ -68,20 +70,25 @@ def training_space(
             run = taps.forward(la.model, tensors, x)
             logits = run.logits.detach().double()
             labels.append(check_labels(y, logits, regression, index))
-            classes = logits.shape[1]
-            basis = torch.eye(classes).to(logits) if regression else contrasts(classes, logits)
-            trained.append(logits @ basis)
-            initial.append(_without_adapter(la.model, off, x).double() @ basis)
+            classes = check_outputs(logits.shape[1], classes, index)
+            here = logits.isfinite()
+            basis = torch.eye(classes).to(logits) if regression else choice_contrasts(here, logits)
+            untrained = _without_adapter(la.model, off, x).double()
+            for outputs, parts in ((logits, trained), (untrained, initial)):
+                parts.append((outputs.where(here, 0)[:, None] @ basis)[:, 0])
             features.append(_features(run, basis, la._dtype))
-            count += basis.shape[1] * len(logits)
+            present.append(here)
+            count += basis.shape[-1] * len(logits)
             if count >= MAX_OUTPUTS:
                 break
+    everywhere = all(bool(here.all()) for here in present)
     return FunctionSpace(
         torch.cat(trained),
         torch.cat(initial),
         torch.cat(labels),
         _gram(torch.cat(features).flatten(0, 1)),
         float(la._H_factor),
+        None if everywhere else torch.cat(present),
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from laplace_llm._compat import ParametricLaplace
 from laplace_llm.adapters import active_adapters
 from laplace_llm.curvature import BatchSummary, StreamingInterface
-from laplace_llm.data import check_labels, labelled, numbered
+from laplace_llm.data import check_labels, check_outputs, labelled, numbered
 from laplace_llm.errors import LaplaceLLMError, StateError
 from laplace_llm.session import hosting_parent_backend
 from laplace_llm.taps import Batch, check_logits
@@ -62,6 +62,7 @@ class LoraLaplace(LoraTuned):
         train_loader : Iterable
             Yields mappings with labels under `dict_key_y`, or ``(X, y)`` pairs. No length needed:
             unlike in the parent, N is the number of examples seen (so ``drop_last`` is right).
+            Also unlike there, targets (B,) are taken for regression with one output.
         override : bool, default=True
             Whether to start anew; False adds the data to those of earlier fits.
         progress_bar : bool, default=False
@@ -70,18 +71,20 @@ class LoraLaplace(LoraTuned):
         Raises
         ------
         DataError
-            If the loader is empty, or labels are missing or out of range.
+            If the loader is empty, labels are missing, out of range or of a choice that their row
+            does not have, or batches have different numbers of outputs C.
         OutputError
-            If the model does not return finite (B, C) logits. As with every error, an earlier
-            posterior stays as it was.
+            If the model does not return (B, C) logits that are finite, or -inf for choices that a
+            row does not have. As with every error, an earlier posterior stays as it was.
         """
         merge = not override and self.H is not None
         earlier = self._train_loaders if merge else []
         with self._borrowed(as_fitted=merge):
             state = self._empty_curvature()
             seen = self._stream(
-                train_loader, state, self._fit_batch, "[Computing Hessian]", progress_bar
-            )
+                train_loader, state, self._fit_batch, "[Computing Hessian]", progress_bar,
+                self.n_outputs if merge else None,
+            )  # fmt: skip
             loaders = [*(earlier or []), train_loader]
             self._set_curvature(self._completed(state, merge, loaders, progress_bar), merge)
             self.mean = self._values()
@@ -101,21 +104,24 @@ class LoraLaplace(LoraTuned):
         accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
         description: str,
         progress_bar: bool,
+        n_outputs: int | None = None,
     ) -> Seen:
         """Add every batch of a loader to running sums in place, and say what came by."""
         sample: list[Batch] = []
-        n_data, n_outputs = 0, 0
+        n_data = 0
         loss = torch.zeros((), dtype=self._dtype, device=self._device)
         batches = labelled(loader, self.dict_key_y, self._device, description, progress_bar)
         for index, (x, y) in enumerate(batches):
             try:
                 summary = accumulate(state, x, y)
+                n_outputs = check_outputs(summary.n_outputs, n_outputs)
             except LaplaceLLMError as error:
                 raise numbered(error, index) from error
             loss += summary.loss.to(loss)
             if n_data < SAMPLE_SIZE:
                 sample.append(x)
-            n_data, n_outputs = n_data + len(y), summary.n_outputs
+            n_data += len(y)
+        assert n_outputs is not None  # an empty loader is an error
         return Seen(loss, n_data, n_outputs, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:

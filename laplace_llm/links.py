@@ -1,14 +1,60 @@
-"""Links: from Gaussian logits to class probabilities, without random numbers."""
+"""Links: from Gaussian logits to class probabilities, without random numbers.
+
+A mean of -inf stands for a choice that its row does not have: its probability is zero, and the
+row's others are what they would be without it (`over_present`).
+"""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def over_present(link: Callable[..., Tensor], absent: float = 0.0) -> Callable[..., Tensor]:
+    """Give a link the choices that each row has, and them alone.
+
+    Parameters
+    ----------
+    link : Callable
+        Maps means (n, c) and covariances (n, c, c), or (n, c), to values (..., n, c).
+    absent : float, default=0.0
+        The value of choices whose mean is -inf.
+
+    Returns
+    -------
+    link : Callable
+        Maps means (..., C) and covariances (..., C, C), or (..., C). Rows with the same choices
+        stay together.
+    """
+
+    @wraps(link)
+    def linked(mean: Tensor, covariance: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        present = mean > -torch.inf
+        if bool(present.all()):
+            return link(mean, covariance, *args, **kwargs)
+        shape, full = mean.shape, covariance.ndim > mean.ndim
+        mean, present = mean.reshape(-1, shape[-1]), present.reshape(-1, shape[-1])
+        covariance = covariance.reshape(len(mean), *covariance.shape[len(shape) - 1 :])
+        result: Tensor | None = None
+        for pattern in present.unique(dim=0):
+            rows, chosen = (present == pattern).all(1).nonzero(), pattern.nonzero()[:, 0]
+            block = (rows[..., None], chosen[:, None], chosen) if full else (rows, chosen)
+            values = link(mean[rows, chosen], covariance[block], *args, **kwargs)
+            if result is None:
+                result = values.new_full((*values.shape[:-2], *mean.shape), absent)
+            result[..., rows, chosen] = values
+        assert result is not None
+        return result.reshape(*result.shape[:-2], *shape)
+
+    return linked
+
+
+@over_present
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     """Return the parent's multi-class probit: each logit scaled by its own variance.
 
@@ -30,6 +76,7 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     return torch.softmax(mean / (1 + math.pi / 8 * own).sqrt(), -1)
 
 
+@over_present
 def mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
     """Return the mean-field approximation of ``E[softmax(f)]`` for ``f ~ N(mean, covariance)``.
 
@@ -63,6 +110,7 @@ def mean_field(mean: Tensor, covariance: Tensor) -> Tensor:
     return torch.softmax(-torch.logsumexp(-scaled, -1), -1)
 
 
+@over_present
 def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> Tensor:
     """Return ``E[softmax(f)]`` for ``f ~ N(mean, covariance)`` by quasi-Monte Carlo integration.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from laplace_llm.contrasts import choice_contrasts
 from laplace_llm.curvature import StreamingInterface
 from laplace_llm.taps import Batch
 
@@ -19,6 +20,8 @@ JACOBIAN_BYTES = 64 * 2**20
 
 class Moments(NamedTuple):
     """Mean (B, C) and covariance (B, C, C) of the latent outputs.
+
+    The mean is -inf for a choice that its row does not have.
 
     Over a grid of prior precisions, the covariance has shape (G, B, C, C), and the mean may have
     shape (G, B, C).
@@ -43,7 +46,7 @@ def glm_moments(
     variance: Callable[[Sequence[Tensor]], Tensor],
     n_outputs: int,
     create_graph: bool = False,
-    directions: Tensor | None = None,
+    centred: bool = False,
 ) -> Moments:
     """Contract Jacobians with a posterior, tensor by tensor and slice by slice.
 
@@ -59,22 +62,24 @@ def glm_moments(
         C, from which the size of a slice follows.
     create_graph : bool, default=False
         Whether the moments are to be differentiated with respect to the inputs.
-    directions : Tensor, optional
-        (C, K), orthonormal columns: the subspace that the covariance is wanted in; default: all.
+    centred : bool, default=False
+        Whether the covariance leaves out what an example's choices share; see `jacobian_blocks`.
 
     Returns
     -------
     moments : Moments
-        Mean (B, C), and covariance (..., B, C, C) of rank K.
+        Mean (B, C) and covariance (..., B, C, C). Of a choice that a row does not have the mean is
+        -inf and the covariances are 0.
     """
     means, covariances = [], []
     for part in slices(batch, _slice_rows(backend, n_outputs)):
-        blocks, outputs = backend.jacobian_blocks(part, create_graph, directions)
+        blocks, outputs = backend.jacobian_blocks(part, create_graph, centred)
         means.append(outputs)
         covariance = variance(blocks)
         del blocks
-        if directions is not None:
-            covariance = directions @ covariance @ directions.T
+        if centred and outputs.shape[1] > 1:
+            basis = choice_contrasts(outputs.isfinite(), covariance)
+            covariance = basis @ covariance @ basis.mT
         covariances.append(covariance)
     return Moments(torch.cat(means), torch.cat(covariances, -3))
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from laplace_llm.heads import check_present
+
 
 def visible(choice_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return which tokens each token sees, bool (B, S, S), the seeing ones along dimension 1.
@@ -43,7 +45,21 @@ def predecessors(seen: Tensor) -> Tensor:
     return (seen.tril(-1) * numbers).amax(-1) - 1
 
 
-def unpack(ids: Tensor, mask: Tensor, choice_ids: Tensor) -> dict[str, Tensor]:
+def hide_absent(mask: Tensor, choice_ids: Tensor, present: Tensor) -> Tensor:
+    """Return the mask (B, S) without the tokens of choices that are not present (B, C).
+
+    Raises
+    ------
+    DataError
+        If there are choices that `present` says nothing of.
+    """
+    check_present(present, (len(mask), max(count_choices(choice_ids), present.shape[1])))
+    return mask * ((choice_ids < 0) | present.gather(1, choice_ids.clamp_min(0))).to(mask)
+
+
+def unpack(
+    ids: Tensor, mask: Tensor, choice_ids: Tensor, present: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return one sequence a choice: ``input_ids``, ``attention_mask``, ``choice_mask`` (B, C, T).
 
     Each holds the real tokens of the question and of its own choice. Padding is on the right,
@@ -55,8 +71,10 @@ def unpack(ids: Tensor, mask: Tensor, choice_ids: Tensor) -> dict[str, Tensor]:
         (B, S), padded on either side.
     choice_ids : Tensor
         (B, S), -1 on the question and on padding.
+    present : Tensor, optional
+        (B, C), which tells C; default: as many choices as there are.
     """
-    numbers = torch.arange(count_choices(choice_ids), device=ids.device)[:, None]
+    numbers = torch.arange(count_choices(choice_ids, present), device=ids.device)[:, None]
     choices = choice_ids[:, None, :].expand(-1, len(numbers), -1)
     kept = ((choices < 0) | (choices == numbers)) & mask.bool()[:, None, :]
     # The kept tokens come first; stable, so in their order.
@@ -67,9 +85,9 @@ def unpack(ids: Tensor, mask: Tensor, choice_ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": kept.long(), "choice_mask": chosen}
 
 
-def count_choices(choice_ids: Tensor) -> int:
-    """Return C, at least 1."""
-    return max(1, int(choice_ids.max()) + 1)
+def count_choices(choice_ids: Tensor, present: Tensor | None = None) -> int:
+    """Return C, at least 1: that of ``choice_present`` (B, C), or the choices that there are."""
+    return present.shape[1] if present is not None else max(1, int(choice_ids.max()) + 1)
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from laplace_llm.errors import OptionError
-from laplace_llm.function_space import contrasts
-from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
+from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES, over_present
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.posterior import LoraPosterior
 from laplace_llm.taps import Batch, check_logits
+
+BRIDGES = ("bridge", "bridge_norm")  # the parent's links that mix an example's logits
 
 
 class LoraPredictive(LoraPosterior):
@@ -58,15 +59,9 @@ class LoraPredictive(LoraPosterior):
                 batch,
                 lambda j: variance(j, values.to(self._device, self._dtype)),
                 self.n_outputs,
-                directions=self._directions(centred),
+                centred=centred,
             )
         return Moments(moments.mean, moments.covariance.detach())
-
-    def _directions(self, centred: bool) -> Tensor | None:
-        """Return the directions (C, C - 1) that differences between logits span, if wanted."""
-        if not centred or self.n_outputs == 1:
-            return None
-        return contrasts(self.n_outputs, self.mean)
 
     def __call__(
         self,
@@ -90,7 +85,9 @@ class LoraPredictive(LoraPosterior):
           ``'mean_field'``, a closed form (`laplace_llm.links.mean_field`). Both take into account
           that logits move together. The parent's default ``'probit'`` does not, and can be worse
           than no Laplace at all;
-        - `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``.
+        - `generator` also drives ``link_approx='mc'`` and ``pred_type='nn'``;
+        - a choice that its row does not have (its logit is -inf) has probability zero, and the
+          others get what they would get without it.
 
         Raises
         ------
@@ -122,6 +119,13 @@ class LoraPredictive(LoraPosterior):
                 )
                 return CLOSED_FORMS[link_approx](*moments)
             link_approx = "probit"  # what the parent expects where there is no link to take
+        if link_approx in BRIDGES and pred_type == "glm" and self._predicts_classes(fitting):
+            parents = super().__call__
+
+            def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+                return parents(Moments(mean, covariance), link_approx=link_approx, fitting=fitting)
+
+            return over_present(bridge)(*self._glm_predictive_distribution(x))
         return super().__call__(
             x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,
             **model_kwargs,
@@ -162,7 +166,7 @@ class LoraPredictive(LoraPosterior):
                     self._variance,
                     self.n_outputs,
                     self.enable_backprop,
-                    self._directions(centred),
+                    centred,
                 )
         if diagonal_output and not joint:
             covariance = covariance.diagonal(dim1=-2, dim2=-1)
@@ -176,19 +180,26 @@ class LoraPredictive(LoraPosterior):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        try:
-            return super()._glm_functional_samples(
-                f_mu, f_var, n_samples, diagonal_output, generator
-            )
-        except torch.linalg.LinAlgError:
-            # Outputs that move together have a singular covariance, which has no Cholesky factor
-            # but a symmetric root all the same.
-            values, vectors = torch.linalg.eigh(f_var.double())
-            root = (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(f_mu.dtype)
-            noise = torch.randn(
-                f_mu.shape[1], n_samples, dtype=f_mu.dtype, device=f_mu.device, generator=generator
-            )
-            return (f_mu[..., None] + root @ noise).permute(2, 0, 1)
+        random = _default_generator(f_mu.device) if generator is None else generator
+        state, draw = random.get_state(), super()._glm_functional_samples
+
+        def samples(mean: Tensor, covariance: Tensor) -> Tensor:
+            # The same noise for all rows, as in the parent, whatever choices the others have.
+            random.set_state(state)
+            try:
+                return draw(mean, covariance, n_samples, diagonal_output, generator)
+            except torch.linalg.LinAlgError:
+                # Outputs that move together have a singular covariance, which has no Cholesky
+                # factor but a symmetric root all the same.
+                values, vectors = torch.linalg.eigh(covariance.double())
+                root = (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(mean.dtype)
+                noise = torch.randn(
+                    mean.shape[1], n_samples, dtype=mean.dtype, device=mean.device,
+                    generator=generator,
+                )  # fmt: skip
+                return (mean[..., None] + root @ noise).permute(2, 0, 1)
+
+        return over_present(samples, absent=-torch.inf)(f_mu, f_var)
 
     def _sampled_outputs(
         self,
@@ -235,6 +246,14 @@ class LoraPredictive(LoraPosterior):
     ) -> Tensor:
         samples = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
         return sum(torch.softmax(logits, -1) for logits in samples) / n_samples  # type: ignore[return-value]
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """Return what torch draws from on a device where it is given no generator."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laplace_llm import packing
 from laplace_llm.causal_heads import CausalHead, check_same_shape, entry, ids_and_mask
 from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
-from laplace_llm.heads import at_least_float32
+from laplace_llm.heads import at_least_float32, attendable, only_present, present_choices
 
 
 class ChoiceScoringHead(CausalHead):
@@ -54,7 +54,8 @@ class ChoiceScoringHead(CausalHead):
 
         A packed batch stays packed where the model keeps the choices of a sequence apart: full
         attention over given masks and positions, computed by sdpa or eager. For other models it
-        becomes one sequence a choice, padded on the right; entries such as labels are kept.
+        becomes one sequence a choice, padded on the right; entries such as labels are kept. What
+        belongs to choices that ``choice_present`` says are not there becomes padding.
 
         Parameters
         ----------
@@ -64,13 +65,21 @@ class ChoiceScoringHead(CausalHead):
         Raises
         ------
         DataError
-            If an entry of a packed batch is missing or of another shape.
+            If an entry of a packed batch is missing or of another shape, ``choice_present`` is
+            not one flag for each choice, or a row has none.
         """
-        if not _is_packed(batch) or self.packing_obstacle is None:
+        if not _is_packed(batch):
+            return super().prepare(batch)
+        present = present_choices(batch)
+        if self.packing_obstacle is None and present is None:
             return batch
         ids, mask, choices, _ = self._packed_entries(batch)
+        if present is not None:
+            mask = packing.hide_absent(mask, choices, present.to(mask.device))
+        if self.packing_obstacle is None:
+            return {**batch, "attention_mask": mask}
         others = {key: batch[key] for key in batch if key not in ("choice_ids", "position_ids")}
-        return {**others, **packing.unpack(ids, mask, choices)}
+        return super().prepare({**others, **packing.unpack(ids, mask, choices, present)})
 
     def forward(self, batch: MutableMapping[str, Any]) -> Tensor:
         """Return the choices' scores (B, C) in float32 or better.
@@ -82,19 +91,26 @@ class ChoiceScoringHead(CausalHead):
             ``choice_ids``: these, ``input_ids``, ``attention_mask`` and ``position_ids`` of shape
             (B, S). Or one sequence a choice: ``input_ids``, ``attention_mask`` and
             ``choice_mask`` of shape (B, C, T); the last marks the tokens of the choice itself.
+            In both, ``choice_present`` (B, C) if not all rows have all choices: the scores of the
+            others are -inf.
 
         Raises
         ------
         DataError
-            If an input is missing or of another shape, or a choice has no token to score.
+            If an input is missing or of another shape, or a choice that is present has no token
+            to score.
         """
         batch = self.prepare(batch)
+        present = present_choices(batch)
         targets = self._packed(batch) if _is_packed(batch) else self._separate(batch)
         n_rows, n_choices = targets.shape
         row, position = targets.chosen.nonzero(as_tuple=True)
         source, choice = targets.source[row, position], targets.choice[row, position]
         counts = torch.bincount(choice, minlength=n_rows * n_choices)
-        if bool((counts == 0).any() | (source < 0).any()):
+        empty = (counts == 0).view(targets.shape)
+        if present is not None:
+            empty = empty & present.to(empty.device)
+        if bool(empty.any() | (source < 0).any()):
             raise DataError(
                 "Expected every choice to have at least one token, and a real token before each, "
                 "but a choice of the batch's choice_mask or choice_ids is empty or begins at the "
@@ -110,8 +126,8 @@ class ChoiceScoringHead(CausalHead):
         log_probs = logits[which, tokens] - logits.logsumexp(-1)[which]
         scores = log_probs.new_zeros(len(counts)).index_add(0, choice.to(device), log_probs)
         if self.normalization == "mean":
-            scores = scores / counts.to(scores)
-        return scores.view(n_rows, n_choices)
+            scores = scores / counts.clamp_min(1).to(scores)
+        return only_present(scores.view(n_rows, n_choices), present)
 
     def _separate(self, batch: MutableMapping[str, Any]) -> _Targets:
         ids, mask = ids_and_mask(batch, 3, self._device)
@@ -124,14 +140,14 @@ class ChoiceScoringHead(CausalHead):
         source = torch.where(mask.bool().roll(1, -1), before, -1)
         choice = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
         shape = (n_rows, n_choices)
-        return _Targets(ids, mask, None, chosen & mask.bool(), source, choice, shape)
+        return _Targets(ids, attendable(mask), None, chosen & mask.bool(), source, choice, shape)
 
     def _packed(self, batch: MutableMapping[str, Any]) -> _Targets:
         ids, mask, choices, positions = self._packed_entries(batch)
         seen = packing.visible(choices, mask)
         attention = packing.additive(seen, self._causal.get_input_embeddings().weight.dtype)
         chosen = (choices >= 0) & mask.bool()
-        n_choices = packing.count_choices(choices)
+        n_choices = packing.count_choices(choices, present_choices(batch))
         choice = torch.arange(len(ids), device=ids.device)[:, None] * n_choices + choices
         source, shape = packing.predecessors(seen), (len(ids), n_choices)
         return _Targets(ids, attention, positions, chosen, source, choice, shape)

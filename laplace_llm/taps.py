@@ -30,7 +30,7 @@ class Taps:
     Attributes
     ----------
     logits : Tensor
-        (B, C), with its graph.
+        (B, C), with its graph; -inf for a choice that its row does not have.
     sources : list[int]
         For each tensor the first one that reads the same input: ``lora_A`` of q, k and v do.
     """
@@ -104,7 +104,8 @@ class Taps:
             torch.autograd.grad(
                 self.logits,
                 self._roots,
-                grad_outputs=cotangent.to(self.logits.dtype),
+                # Absent choices have no gradient, however the model marks them.
+                grad_outputs=cotangent.to(self.logits.dtype).where(self.logits.isfinite(), 0),
                 retain_graph=create_graph or not last,
                 create_graph=create_graph,
                 allow_unused=True,
@@ -167,7 +168,8 @@ def forward(
     TapError
         If a tensor's module was not called exactly once.
     OutputError
-        If the output is not a finite (B, C) matrix.
+        If the output is not a (B, C) matrix of finite numbers, or -inf where a row does not have a
+        choice (but at least one).
     """
     taps, roots = [Tap(index) for index in range(len(tensors))], list[Tensor]()
     with tapped(tensors, taps, roots, create_graph), heads_batch(model) as prepared:
@@ -183,11 +185,14 @@ def forward(
     seen = prepared[-1] if prepared else batch
     attention_mask = seen.get("attention_mask") if isinstance(seen, MutableMapping) else None
     run = Taps(tensors, logits, taps, roots, attention_mask)
-    if not bool(logits.isfinite().all()):
+    finite = logits.isfinite()
+    absent = logits == -torch.inf
+    if not bool(((finite | absent) & finite.any(1, keepdim=True)).all()):
         name = _first_not_finite(model, run, batch)
         where = f"first seen at LoRA tensor {name!r}" if name else "after the last LoRA layer"
         raise OutputError(
-            f"Expected finite logits, but the model returned NaN or inf, {where}. "
+            f"Expected finite logits (or -inf for some of a row's choices, which the row then does "
+            f"not have), but the model returned NaN or inf, {where}. "
             "Check the batch and the model's precision (float16 overflows; bfloat16 does not)."
         )
     return run
@@ -243,6 +248,8 @@ def _token_mask(
         )
     if attention_mask is None or rows == n_examples:
         return None
+    if rows == attention_mask.shape[:-1].numel():  # pooled: one position for each sequence
+        attention_mask = attention_mask.bool().any(-1)
     if attention_mask.numel() != rows:
         raise TapError(
             f"Expected one entry of attention_mask for each position, but it has shape "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_llm._compat import validate
-from laplace_llm.data import check_labels, labelled, numbered
+from laplace_llm.data import check_labels, check_outputs, labelled, numbered
 from laplace_llm.errors import DataError, OptionError, PriorError
 from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.moments import Moments
-from laplace_llm.taps import Batch
+from laplace_llm.taps import Batch, check_logits
 
 if TYPE_CHECKING:
     from laplace_llm.prediction import LoraPredictive
@@ -70,9 +70,11 @@ def gridsearch(
 
         return _best(la, loss, interval, at, pred_type, link_approx, n_samples, False)
     _check_labels(la, val_loader)
-    return _best(
-        la, loss, interval, lambda _: val_loader, pred_type, link_approx, n_samples, progress_bar
-    )
+
+    def again(_: int) -> Iterator[Any]:
+        return _reshaped(la, val_loader)
+
+    return _best(la, loss, interval, again, pred_type, link_approx, n_samples, progress_bar)
 
 
 def _best(
@@ -123,9 +125,10 @@ def _moments(
     la: LoraPredictive, interval: Tensor, loader: Any, centred: bool, progress_bar: bool
 ) -> list[tuple[Moments, Tensor]]:
     """Return the moments (G, B, C, C) and labels of every batch."""
-    results = []
+    results, n_outputs = [], None
     for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
         moments = la.moments_grid(x, interval, centred=centred)
+        n_outputs = check_outputs(moments.mean.shape[1], n_outputs, index)
         regression = la.likelihood == "regression"
         results.append((moments, check_labels(y, moments.mean, regression, index)))
     return results
@@ -133,11 +136,23 @@ def _moments(
 
 def _check_labels(la: LoraPredictive, loader: Any) -> None:
     """Check the labels of a loader that is to be passed over again for every value."""
-    for index, (_, y) in enumerate(_labelled(la, loader, False)):
+    n_outputs = None
+    for index, (x, y) in enumerate(_labelled(la, loader, False)):
         if y.ndim == 0:
             raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
-        outputs = y.new_zeros(len(y), la.n_outputs, dtype=torch.float32)
+        with la._borrowed(), torch.no_grad():
+            outputs = la.model(x)
+        check_logits(outputs)
+        n_outputs = check_outputs(outputs.shape[1], n_outputs, index)
         check_labels(y, outputs, la.likelihood == "regression", index)
+
+
+def _reshaped(la: LoraPredictive, loader: Any) -> Iterator[Any]:
+    """Yield the batches as the parent's losses take them: targets (B,) of one output as (B, 1)."""
+    for x, y in _labelled(la, loader, False):
+        if la.likelihood == "regression" and y.ndim == 1:
+            y = y[:, None]
+        yield {**x, la.dict_key_y: y} if isinstance(x, MutableMapping) else (x, y)
 
 
 def _labelled(

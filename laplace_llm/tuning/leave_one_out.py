@@ -73,7 +73,7 @@ def leave_one_out(
                 fitting=True,
             )
         if isinstance(result, Tensor):
-            losses.append(smoothed_nll(result, space.labels))
+            losses.append(smoothed_nll(result, space.labels, space.present))
         else:
             variance = covariance.diagonal(dim1=-2, dim2=-1) + la.sigma_noise.square()
             losses.append(F.gaussian_nll_loss(mean, space.labels.to(mean), variance))
@@ -115,7 +115,7 @@ def held_out(space: FunctionSpace, interval: Tensor) -> Moments:
     """
     mode, delta = _as_fitted_as_trained(space, interval)
     mean = space.leave_one_out(mode, delta).mean
-    return Moments(mean, space.basis @ space.cavities(mode, interval) @ space.basis.T)
+    return Moments(mean, space.output_covariances(space.cavities(mode, interval)))
 
 
 def _as_fitted_as_trained(space: FunctionSpace, interval: Tensor) -> tuple[Mode, float]:
@@ -130,7 +130,7 @@ def _as_fitted_as_trained(space: FunctionSpace, interval: Tensor) -> tuple[Mode,
     return mode, delta
 
 
-def smoothed_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
+def smoothed_nll(probabilities: Tensor, labels: Tensor, present: Tensor | None = None) -> Tensor:
     """Return the mean NLL where every class is as likely for `LABEL_SMOOTHING` of the labels.
 
     Parameters
@@ -139,6 +139,11 @@ def smoothed_nll(probabilities: Tensor, labels: Tensor) -> Tensor:
         (N, C).
     labels : Tensor
         (N,).
+    present : Tensor, optional
+        (N, C), which classes each example has; default: all.
     """
+    present = torch.ones_like(probabilities) if present is None else present.to(probabilities)
+    likely = F.one_hot(labels, present.shape[1]).to(present)
+    targets = likely.lerp(present / present.sum(1, keepdim=True), LABEL_SMOOTHING)
     logs = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
-    return F.cross_entropy(logs, labels, label_smoothing=LABEL_SMOOTHING)
+    return F.cross_entropy(logs, targets)

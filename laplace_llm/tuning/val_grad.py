@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laplace_llm.data import check_labels, labelled
+from laplace_llm.data import check_labels, check_outputs, labelled
 from laplace_llm.errors import OptionError, PriorError
 from laplace_llm.links import CLOSED_FORMS
 from laplace_llm.moments import Moments
@@ -216,12 +216,13 @@ def _pass(
     progress_bar: bool,
 ) -> tuple[Moments, Tensor]:
     """Return the mean (N, C), covariances (G, L, N, C, C) and labels of the whole loader."""
-    means, covariances, labels = [], [], []
+    means, covariances, labels, n_outputs = [], [], [], None
     batches = labelled(
         loader, la.dict_key_y, la._device, "[Validation gradient: one pass]", progress_bar
     )
     for index, (x, y) in enumerate(batches):
         moments = la.moments_grid(x, grid, layerwise, centred)
+        n_outputs = check_outputs(moments.mean.shape[1], n_outputs, index)
         labels.append(check_labels(y, moments.mean, la.likelihood == "regression", index))
         means.append(moments.mean)
         covariances.append(moments.covariance if layerwise else moments.covariance[:, None])
