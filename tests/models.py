@@ -328,6 +328,46 @@ def packed_batch(n: int, choices: int = 3, seed: int = 0, pad: str = "right") ->
     return {**entries, "position_ids": _pad(positions, width, pad)[0], "labels": labels}
 
 
+def ragged_letters(n: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return `letter_batch` of four letters, of which each question has two to four."""
+    batch = letter_batch(n, seed=seed, classes=4)
+    present, labels = _ragged(batch["labels"], seed)
+    return {**batch, "labels": labels, "choice_present": present}
+
+
+def ragged_choices(n: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return `choice_batch` where each question has two to four choices; the others are padding."""
+    batch = choice_batch(n, 4, seed=seed, pad="left")
+    present, labels = _ragged(batch["labels"], seed)
+    parts = {
+        key: batch[key] * present[..., None]
+        for key in ("input_ids", "attention_mask", "choice_mask")
+    }
+    return {**parts, "labels": labels, "choice_present": present}
+
+
+def _ragged(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    counts = 2 + (torch.arange(len(labels)) + seed) % 3
+    return torch.arange(4) < counts[:, None], labels % counts
+
+
+def by_size(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the rows of a ragged batch as batches of one row, without absent choices."""
+    rows = []
+    for index, present in enumerate(batch["choice_present"]):
+        row = {key: value[index : index + 1] for key, value in batch.items()}
+        del row["choice_present"]
+        rows.append({k: v[:, present] if v.ndim == 3 else v for k, v in row.items()})
+    return rows
+
+
+def pair_batch(n: int, length: int = 8, seed: int = 0, **kwargs: Any) -> dict[str, Tensor]:
+    """Return n pairs of sequences (n, 2, length) and which of them is preferred."""
+    batch = choice_batch(n, 2, length, seed, **kwargs)
+    kinds = batch.pop("choice_mask").long()
+    return {**batch, "token_type_ids": kinds}
+
+
 def mlp_batch(
     n: int, seed: int = 0, inputs: int = 4, outputs: int = 3, regression: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -406,6 +446,9 @@ HEADS: dict[str, Callable[[], Setup]] = {
         tiny_bert_classifier(targets=("value",)), lambda n, seed=0: letter_batch(n, seed=seed)
     ),
     "mlp": lambda: Setup(tiny_mlp(), mlp_batch),
+    "ragged letters": lambda: Setup(letter_head(classes=4), ragged_letters),
+    "ragged scored": lambda: Setup(scoring_head(tiny_llama(targets=("v_proj",))), ragged_choices),
+    "pairs": lambda: Setup(SequenceClassificationHead(tiny_bert_classifier(classes=1)), pair_batch),
 }
 
 

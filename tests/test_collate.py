@@ -208,12 +208,6 @@ def test_bad_rows_are_refused_by_number(collator, bad, message):
         collator(tiny_tokenizer())([ROWS[0], bad])
 
 
-def test_scoring_needs_as_many_choices_in_every_row():
-    odd = {"question": "what ?", "choices": ["red", "blue"], "answer": 0}
-    with pytest.raises(DataError, match=r"same number of choices, but got \[2, 3\]"):
-        ChoiceScoringCollator(tiny_tokenizer())([ROWS[0], odd])
-
-
 def test_letters_take_rows_of_different_sizes():
     odd = {"question": "what ?", "choices": ["red", "blue"], "answer": 0}
     assert MultipleChoiceCollator(tiny_tokenizer())([ROWS[0], odd])["labels"].tolist() == [1, 0]

@@ -76,7 +76,13 @@ class Case(NamedTuple):
         return la, batch
 
 
-EXACT_CASES = [Case(structure, head) for head in HEADS for structure in STRUCTURES]
+# Whose questions are unlike the others' only in the head and its seeds: one structure of a kind.
+ODD = ("ragged letters", "ragged scored", "pairs")
+EXACT_CASES = [
+    Case(structure, head)
+    for head in HEADS
+    for structure in (("kron", "kron, expand", "diag", "lowrank") if head in ODD else STRUCTURES)
+]
 EMPIRICAL_CASES = [
     Case(structure, "letters", StreamingEF) for structure in ("kron", "diag", "full", "ekfac")
 ]
@@ -355,7 +361,7 @@ def test_link_approximations_give_probabilities(case):
     x = inputs_of(case.batch(4, seed=3))
     results = [la(x, link_approx=link) for link in ("probit", "mc", "bridge", "bridge_norm")]
     for probabilities in results:
-        assert probabilities.shape == (4, 3)
+        assert probabilities.shape == (4, la.n_outputs)
         assert (probabilities >= 0).all()
         torch.testing.assert_close(probabilities.sum(1), torch.ones(4).double())
     assert not any(torch.allclose(results[0], other) for other in results[1:])
@@ -468,7 +474,11 @@ def test_shapes_of_functional_and_predictive_samples(case):
     la, _ = case.fitted()
     x = inputs_of(case.batch(4, seed=3))
     for pred_type in ("glm", "nn"):
-        assert la.functional_samples(x, pred_type=pred_type, n_samples=2).shape == (2, 4, 3)
+        assert la.functional_samples(x, pred_type=pred_type, n_samples=2).shape == (
+            2,
+            4,
+            la.n_outputs,
+        )
         probabilities = la.predictive_samples(x, pred_type=pred_type, n_samples=2)
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4).double())
 

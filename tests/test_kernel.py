@@ -23,8 +23,8 @@ from peft import PeftModel
 
 from laplace_llm import DiagLoraLaplace, KronLoraLaplace
 from laplace_llm.adapters import find_lora_tensors
+from laplace_llm.contrasts import contrasts
 from laplace_llm.errors import DataError
-from laplace_llm.function_space import contrasts
 from laplace_llm.kernel import _gram, training_space
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -44,12 +44,28 @@ def lora_b(la):
 def exact_kernel(la, x, basis):
     """Return ``J J^T`` of the lora_B tensors, projected on contrasts."""
     jacobians = bruteforce_jacobians(la.model, x, lora_b(la))
-    rows = (basis.T @ jacobians).flatten(0, 1)
+    rows = (basis.mT @ jacobians).flatten(0, 1)
     return rows @ rows.T
 
 
 def basis_of(classes=3):
     return contrasts(classes, torch.zeros(()).double())
+
+
+def project(outputs):
+    """Return the contrasts of each row's own choices, one row after the other."""
+    basis = own_contrasts(outputs)
+    rows = [row.nan_to_num(neginf=0) @ own for row, own in zip(outputs, basis, strict=True)]
+    return torch.stack(rows)
+
+
+def own_contrasts(outputs):
+    """Return (B, C, C - 1): those of the first c of C choices, then zeros."""
+    basis = torch.zeros(*outputs.shape, outputs.shape[1] - 1).double()
+    for row, own in zip(outputs, basis, strict=True):
+        c = int(row.isfinite().sum())
+        own[:c, : c - 1] = basis_of(c)
+    return basis
 
 
 def assert_same_space(left, right):
@@ -68,8 +84,9 @@ def test_kernel_is_that_of_bruteforce_jacobians(head, tensors):
     """Of the lora_B tensors, whichever the posterior is over."""
     la, batch = posterior(head, tensors=tensors)
     space = training_space(la, chunks(batch, 4))
-    expected = exact_kernel(la, inputs_of(batch), basis_of())
-    assert space.kernel.shape == (12, 12)
+    outputs = la.model(inputs_of(batch)).detach()
+    expected = exact_kernel(la, inputs_of(batch), own_contrasts(outputs))
+    assert space.kernel.shape == (6 * (outputs.shape[1] - 1),) * 2
     torch.testing.assert_close(space.kernel, expected, **EXACT)
 
 
@@ -86,8 +103,9 @@ def test_outputs_are_the_models_with_and_without_its_adapter(head):
             tensor.weight.zero_()
         torch.testing.assert_close(la.model(x), initial, **EXACT)
     assert not torch.allclose(trained, initial, atol=1e-3)
-    torch.testing.assert_close(space.trained, trained @ basis_of(), **EXACT)
-    torch.testing.assert_close(space.initial, initial @ basis_of(), **EXACT)
+    assert (space.present is None) == bool(trained.isfinite().all())
+    torch.testing.assert_close(space.trained, project(trained), **EXACT)
+    torch.testing.assert_close(space.initial, project(initial), **EXACT)
     assert torch.equal(space.labels, labels_of(batch))
     assert space.factor == 4.0
     assert not space.regression
@@ -127,7 +145,8 @@ def test_batch_size_does_not_matter(head):
     order = [4, 0, 5, 2, 1, 3]
     shuffled = training_space(la, [select(batch, order)])
     torch.testing.assert_close(shuffled.trained, whole.trained[order], **EXACT)
-    rows = torch.tensor([2 * i + k for i in order for k in (0, 1)])
+    n = whole.trained.shape[1]
+    rows = torch.tensor([n * i + k for i in order for k in range(n)])
     torch.testing.assert_close(shuffled.kernel, whole.kernel[rows][:, rows], **EXACT)
 
 

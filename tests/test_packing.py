@@ -117,13 +117,6 @@ def test_choices_are_packed_unless_told_otherwise():
     assert "choice_mask" in ChoiceScoringCollator(tiny_tokenizer(), packed=False)([ROW])
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_rows_need_the_same_number_of_choices(packed):
-    odd = {"question": "what ?", "choices": ["red"], "answer": 0}
-    with pytest.raises(DataError, match=r"same number of choices, but got \[1, 2\]"):
-        ChoiceScoringCollator(tiny_tokenizer(), packed=packed)([ROW, odd])
-
-
 # Who sees whom ------------------------------------------------------------------------------------
 
 
