@@ -39,10 +39,11 @@ class Head(nn.Module):
             If ``choice_present`` is not one flag for each choice, or a row has none.
         """
         present = present_choices(batch)
-        if present is None or batch["input_ids"].ndim != 3:
+        ids = batch.get("input_ids") if present is not None else None
+        if present is None or not isinstance(ids, Tensor) or ids.ndim != 3:
             return batch
-        check_present(present, batch["input_ids"].shape[:2])
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        check_present(present, ids.shape[:2])
+        mask = batch.get("attention_mask", torch.ones_like(ids))
         return {**batch, "attention_mask": mask * present[..., None].to(mask)}
 
 

@@ -241,6 +241,19 @@ IN_BATCH_1 = ".*in batch 1 of the loader"
     ("none for a batch", lambda: [None], DataError, "pair.*a NoneType"),
     ("a batch for the loader", lambda: letter_batch(2), DataError, "pair.*a str"),
     ("label too large", lambda: labels(0, 3, 1), DataError, f"0 to 2.*got 3{IN_BATCH_1}"),
+    (
+        "label of an absent choice",
+        lambda: [
+            letter_batch(2),
+            {
+                **letter_batch(3),
+                "choice_present": torch.eye(3).bool(),
+                "labels": torch.arange(3) // 2,
+            },
+        ],
+        DataError,
+        f"row 1 has label 0, whose logit is -inf{IN_BATCH_1}",
+    ),
     ("label negative", lambda: labels(0, -1, 1), DataError, f"0 to 2.*got -1{IN_BATCH_1}"),
     ("label ignored", lambda: labels(0, -100, 1), DataError, f"got -100{IN_BATCH_1}"),
     ("labels float", lambda: labels(0.0, 1.0, 1.0), DataError, f"integer.*float32{IN_BATCH_1}"),
@@ -372,6 +385,18 @@ LORA_1 = r"layers\.1\.self_attn\.q_proj\.lora_A\.default\.weight"
     (
         "nan in the output layer",
         custom(lambda m, x: m.out(m.first(x)) * float("nan")),
+        OutputError,
+        "finite logits.*after the last LoRA layer",
+    ),
+    (
+        "no choice in a row",
+        custom(lambda m, x: m.out(m.first(x)) - torch.tensor([[0.0], [torch.inf]])),
+        OutputError,
+        "finite logits.*after the last LoRA layer",
+    ),
+    (
+        "plus infinity",
+        custom(lambda m, x: m.out(m.first(x)) + torch.tensor([0.0, 0.0, torch.inf])),
         OutputError,
         "finite logits.*after the last LoRA layer",
     ),

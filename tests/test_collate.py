@@ -208,9 +208,62 @@ def test_bad_rows_are_refused_by_number(collator, bad, message):
         collator(tiny_tokenizer())([ROWS[0], bad])
 
 
-def test_letters_take_rows_of_different_sizes():
-    odd = {"question": "what ?", "choices": ["red", "blue"], "answer": 0}
-    assert MultipleChoiceCollator(tiny_tokenizer())([ROWS[0], odd])["labels"].tolist() == [1, 0]
+# Different numbers of choices ---------------------------------------------------------------------
+
+RAGGED = [
+    {"question": "what ?", "choices": ["red", "blue"], "answer": 1},
+    ROWS[0],
+    {"question": "what is white ?", "choices": ["the snow", "sea", "grass", "sky"], "answer": 3},
+]
+
+
+@each_collator
+@pytest.mark.parametrize("n_choices", [None, 4, 6])
+def test_the_batch_tells_which_choices_a_row_has(collator, n_choices):
+    batch = collator(tiny_tokenizer(), n_choices=n_choices)(RAGGED)
+    present = torch.arange(n_choices or 4) < torch.tensor([[2], [3], [4]])
+    assert torch.equal(batch["choice_present"], present)
+    assert batch["choice_present"].dtype == torch.bool
+    assert batch["labels"].tolist() == [1, 1, 3]
+
+
+@each_collator
+@pytest.mark.parametrize(("n_choices", "told"), [(None, False), (3, False), (4, True)])
+def test_where_all_rows_have_all_choices_there_is_nothing_to_tell(collator, n_choices, told):
+    assert ("choice_present" in collator(tiny_tokenizer(), n_choices=n_choices)(LABELLED)) == told
+
+
+@each_collator
+def test_rows_of_too_many_choices_are_refused_by_number(collator):
+    with pytest.raises(DataError, match=r"n_choices=3 choices, but row 2 has 4\. .*n_choices=4"):
+        collator(tiny_tokenizer(), n_choices=3)(RAGGED)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_absent_choices_are_sequences_of_padding(side):
+    collate = ChoiceScoringCollator(tiny_tokenizer(side), packed=False, n_choices=5)
+    batch = collate(RAGGED)
+    absent = ~batch["choice_present"]
+    assert batch["input_ids"].shape[:2] == (3, 5)
+    for key in ("input_ids", "attention_mask", "choice_mask"):
+        assert not batch[key][absent].any()
+        assert batch[key][~absent].any(-1).all()
+    alone = ChoiceScoringCollator(tiny_tokenizer(side), packed=False)
+    for index, row in enumerate(RAGGED):
+        for choice, mask in enumerate(alone([row])["attention_mask"][0]):
+            assert batch["attention_mask"][index, choice].sum() == mask.sum()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_packed_rows_hold_their_own_choices_only(side):
+    tokenizer = tiny_tokenizer(side)
+    batch = ChoiceScoringCollator(tokenizer, n_choices=5)(RAGGED)
+    assert batch["choice_ids"].amax(1).tolist() == [1, 2, 3]
+    for index, row in enumerate(RAGGED):
+        real = batch["attention_mask"][index].bool()
+        for key, value in ChoiceScoringCollator(tokenizer)([row]).items():
+            if key != "labels":
+                assert torch.equal(batch[key][index][real], value[0])
 
 
 def test_an_empty_choice_is_refused():

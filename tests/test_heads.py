@@ -8,10 +8,15 @@ import torch
 from laplace import Laplace
 from models import (
     CHOICE_TOKENS,
+    LLAMA_SHAPE,
     VOCABULARY,
+    by_size,
     choice_batch,
     letter_batch,
     letter_head,
+    pair_batch,
+    ragged_choices,
+    ragged_letters,
     scoring_head,
     tiny_bert_classifier,
     tiny_gpt2,
@@ -22,7 +27,14 @@ from models import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BatchEncoding, BertConfig, BertForMultipleChoice
+from torch.nn import functional as F
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForMultipleChoice,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from laplace_llm import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
 from laplace_llm.adapters import find_lora_tensors
@@ -408,6 +420,97 @@ def test_scoring_accepts_a_trained_lm_head():
     )
 
 
+# Choices that a row does not have -----------------------------------------------------------------
+
+
+def with_attention(build: Callable, attention: str) -> PeftModel:
+    model = build()
+    model.get_base_model().set_attn_implementation(attention)
+    return model
+
+
+def test_absent_letters_have_minus_infinity():
+    model, batch = letter_head(classes=4), ragged_letters(5)
+    present = batch["choice_present"]
+    whole = model({k: v for k, v in batch.items() if k != "choice_present"})
+    assert torch.equal(model(batch), whole.masked_fill(~present, -torch.inf))
+    assert torch.equal(model({**batch, "choice_present": present.long()}), model(batch))
+
+
+@each_causal
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("normalization", ["sum", "mean"])
+def test_absent_choices_change_no_score_and_no_gradient(build, attention, normalization):
+    head, batch = scoring_head(with_attention(build, attention), normalization), ragged_choices(5)
+    weights = [tensor.weight for tensor in find_lora_tensors(head)]
+    scores, present = head(batch), batch["choice_present"]
+    assert torch.equal(scores == -torch.inf, ~present)
+    alone = [head(row) for row in by_size(batch)]
+    # Eager attention takes its softmax in float32.
+    close = {"rtol": 1e-5, "atol": 1e-5} if attention == "eager" else {}
+    torch.testing.assert_close(scores[present], torch.cat([row[0] for row in alone]), **close)
+    losses = [F.cross_entropy(row, y[None]) for row, y in zip(alone, batch["labels"], strict=True)]
+    expected = torch.autograd.grad(sum(losses), weights)
+    loss = F.cross_entropy(scores, batch["labels"], reduction="sum")
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, **close)
+
+
+def test_what_an_absent_choice_holds_does_not_count():
+    batch = choice_batch(5, 4, pad="left")
+    batch["choice_present"] = ragged_choices(5)["choice_present"]
+    for entries in (batch, {k: v for k, v in batch.items() if k != "labels"}):
+        head = scoring_head()
+        torch.testing.assert_close(head(entries), head(ragged_choices(5)))
+        assert torch.equal(
+            head.prepare(entries)["attention_mask"], ragged_choices(5)["attention_mask"]
+        )
+
+
+BAD_PRESENT = {
+    "a choice too few": (lambda p: p[:, 1:], r"choice_present.*\(5, 4\).*\(5, 3\).*n_choices=4"),
+    "a row too few": (lambda p: p[1:], r"choice_present.*\(5, 4\).*\(4, 4\)"),
+    "one axis": (lambda p: p[:, 0], r"\(B, C\) tensor, but got \(5,\)"),
+    "no tensor": (lambda p: p.tolist(), "tensor, but got list"),
+    "a row without choices": (lambda p: p & False, "every row to have a choice"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PRESENT.values(), ids=BAD_PRESENT)
+@pytest.mark.parametrize(
+    ("head", "make"),
+    [
+        (lambda: letter_head(classes=4), ragged_letters),
+        (scoring_head, ragged_choices),
+        (lambda: SequenceClassificationHead(bert_multiple_choice()), ragged_choices),
+    ],
+    ids=["letters", "scored", "classifier"],
+)
+def test_choices_must_be_told_in_the_right_shape(head, make, change, message):
+    batch = make(5)
+    with pytest.raises(DataError, match=message):
+        head()({**batch, "choice_present": change(batch["choice_present"])})
+
+
+def test_a_present_choice_without_tokens_is_refused():
+    batch = ragged_choices(3)
+    batch["choice_present"] = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(DataError, match="choice_mask or choice_ids is empty"):
+        scoring_head()(batch)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_multiple_choice_models_leave_absent_choices_out(attention):
+    model, batch = with_attention(bert_multiple_choice, attention), ragged_choices(5)
+    head, present = SequenceClassificationHead(model), batch["choice_present"]
+    logits = head(batch)
+    assert torch.equal(logits == -torch.inf, ~present)
+    alone = torch.cat([head(row)[0] for row in by_size(batch)])
+    torch.testing.assert_close(logits[present], alone)
+    loss = F.cross_entropy(logits, batch["labels"])
+    weights = [tensor.weight for tensor in find_lora_tensors(head)]
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, weights))
+
+
 # SequenceClassificationHead -----------------------------------------------------------------------
 
 
@@ -454,3 +557,49 @@ def test_gradient_of_a_classifier_reaches_every_lora_tensor():
     head = SequenceClassificationHead(tiny_bert_classifier())
     head(letter_batch(4)).square().sum().backward()
     assert all(bool(t.weight.grad.abs().sum() > 0) for t in find_lora_tensors(head))
+
+
+# Rewards ------------------------------------------------------------------------------------------
+
+
+def llama_rewards() -> PeftModel:
+    model = LlamaForSequenceClassification(LlamaConfig(**LLAMA_SHAPE, num_labels=1))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(model, lora).double().eval()
+
+
+def one_of(pairs: dict[str, Tensor], which: int) -> dict[str, Tensor]:
+    """Return a batch of the first or second sequence of each pair."""
+    return {k: v[:, which] for k, v in pairs.items() if v.ndim == 3}
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_bert_classifier(classes=1), llama_rewards])
+@pytest.mark.parametrize("pad", ["right", "left"])
+def test_a_model_of_one_label_scores_each_sequence_of_an_example(build, pad):
+    head, pairs = SequenceClassificationHead(build()), pair_batch(4, pad=pad)
+    scores = head(pairs)
+    assert scores.shape == (4, 2)
+    for which in (0, 1):
+        alone = one_of(pairs, which)
+        assert head(alone).shape == (4, 1)
+        torch.testing.assert_close(scores[:, which : which + 1], head(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_what_belongs_to_tokens_comes_with_the_sequences():
+    head, pairs = SequenceClassificationHead(tiny_bert_classifier(classes=1)), pair_batch(4)
+    kinds = {**pairs, "token_type_ids": 1 - pairs["token_type_ids"]}
+    assert not torch.allclose(head(kinds), head(pairs))
+    torch.testing.assert_close(head(kinds)[:, 1], head(one_of(kinds, 1))[:, 0])
+
+
+def test_several_answers_may_be_compared():
+    head, batch = SequenceClassificationHead(tiny_bert_classifier(classes=1)), ragged_choices(5)
+    scores, present = head(batch), batch["choice_present"]
+    assert torch.equal(scores == -torch.inf, ~present)
+    alone = torch.cat([head(row)[0] for row in by_size(batch)])
+    torch.testing.assert_close(scores[present], alone)
+
+
+def test_sequences_of_several_labels_are_refused():
+    with pytest.raises(OutputError, match=r"num_labels=1.*\(4, 2, 8\).*3 labels"):
+        SequenceClassificationHead(tiny_bert_classifier())(pair_batch(4))

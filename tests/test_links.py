@@ -215,6 +215,53 @@ def test_single_precision(link):
     torch.testing.assert_close(single, link(mean, covariance).float(), rtol=0, atol=2e-5)
 
 
+# Choices that a row does not have -----------------------------------------------------------------
+
+PRESENT = torch.tensor(
+    [[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]]
+).bool()
+
+
+def ragged_gaussians():
+    """Return moments whose absent choices have covariances too, of which nothing may be seen."""
+    mean, covariance = gaussians(5, 4)
+    return mean.masked_fill(~PRESENT, -torch.inf), covariance
+
+
+@EACH_LINK
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_absent_choices_are_impossible_and_leave_the_others_alone(link, diagonal):
+    mean, covariance = ragged_gaussians()
+    if diagonal:
+        covariance = covariance.diagonal(dim1=1, dim2=2)
+    probabilities = link(mean, covariance)
+    assert torch.equal(probabilities > 0, PRESENT)
+    for row, here, m, c in zip(probabilities, PRESENT, mean, covariance, strict=True):
+        block = c[here] if diagonal else c[here][:, here]
+        torch.testing.assert_close(row[here], link(m[here][None], block[None])[0], **EXACT)
+
+
+@EACH_LINK
+def test_absent_choices_have_no_gradient(link):
+    mean, covariance = ragged_gaussians()
+    mean.requires_grad_()
+    covariance.requires_grad_()
+    value = link(mean, covariance).square().sum()
+    for gradient in torch.autograd.grad(value, (mean, covariance)):
+        assert gradient.isfinite().all()
+        assert not gradient[~PRESENT].any()
+    assert torch.autograd.gradcheck(lambda c: link(mean.detach(), c @ c.mT), covariance)
+
+
+@pytest.mark.parametrize("link", [probit, mean_field])
+def test_absent_choices_in_a_grid_of_moments(link):
+    mean, covariance = (part.expand(3, *part.shape) for part in ragged_gaussians())
+    scales = torch.tensor([0.1, 1.0, 10.0]).double()[:, None, None, None]
+    result = link(mean, scales * covariance)
+    for row, m, c in zip(result, mean, scales * covariance, strict=True):
+        torch.testing.assert_close(row, link(m, c), **EXACT)
+
+
 # Gradients ----------------------------------------------------------------------------------------
 
 

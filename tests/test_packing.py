@@ -532,6 +532,65 @@ def test_a_head_inside_another_module(build, approx):
     assert snapshot(model) == before
 
 
+# Different numbers of choices ---------------------------------------------------------------------
+
+
+def ragged_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows of two to four choices."""
+    rows = random_rows(n, 4, seed)
+    return [
+        {**row, "choices": row["choices"][: 2 + i % 3], "answer": row["answer"] % (2 + i % 3)}
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_gpt2, windows], ids=["llama", "gpt2", "windows"]
+)
+@each_side
+@pytest.mark.parametrize("n_choices", [None, 6])
+def test_rows_of_different_sizes_score_as_each_alone(build, side, n_choices):
+    head, rows = scoring_head(build()), ragged_rows(5)
+    collate = ChoiceScoringCollator(tiny_tokenizer(side), n_choices=n_choices)
+    scores = head(collate(rows))
+    assert scores.shape == (5, n_choices or 4)
+    for row, own in zip(rows, scores, strict=True):
+        c = len(row["choices"])
+        torch.testing.assert_close(own[:c], head(packed([row]))[0], rtol=1e-5, atol=1e-5)
+        assert (own[c:] == -torch.inf).all()
+
+
+@each_side
+@pytest.mark.parametrize("build", [tiny_llama, windows])
+def test_packed_tokens_of_an_absent_choice_are_padding(build, side):
+    head, rows = scoring_head(build()), random_rows(4)
+    batch = packed(rows, side)
+    batch["choice_present"] = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]]).bool()
+    scores = head(batch)
+    torch.testing.assert_close(scores.isfinite(), batch["choice_present"])
+    expected = head(packed(rows, side))
+    torch.testing.assert_close(scores[scores.isfinite()], expected[scores.isfinite()])
+    kept = head.prepare(batch)["attention_mask"].flatten(1).sum(1)
+    whole = head.prepare(packed(rows, side))["attention_mask"].flatten(1).sum(1)
+    assert ((kept < whole) == torch.tensor([False, True, True, True])).all()
+
+
+def test_apart_there_are_as_many_choices_as_told():
+    batch = dict(ChoiceScoringCollator(tiny_tokenizer("left"), n_choices=5)(ragged_rows(4)))
+    prepared = scoring_head(windows()).prepare(batch)
+    apart = ChoiceScoringCollator(tiny_tokenizer(), packed=False, n_choices=5)(ragged_rows(4))
+    for key in ("attention_mask", "choice_mask", "choice_present"):
+        assert torch.equal(prepared[key], apart[key])
+
+
+def test_a_choice_that_nothing_is_told_of_is_refused():
+    batch = packed(random_rows(2))
+    batch["choice_present"] = torch.ones(2, 2, dtype=torch.bool)
+    for model in (tiny_llama(), windows()):
+        with pytest.raises(DataError, match=r"choice_present.*\(2, 3\).*\(2, 2\)"):
+            scoring_head(model)(batch)
+
+
 # Bad batches --------------------------------------------------------------------------------------
 
 

@@ -122,3 +122,24 @@ def test_softmax_seeds_keep_their_relative_accuracy_when_confident(confident):
     exact = torch.diag_embed(products.sum(-1)) - products  # no 1 - p, so nothing cancels
     S = softmax_seeds(logits)
     torch.testing.assert_close((S @ S.mT).double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("present", [[1, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1]])
+def test_seeds_of_the_present_choices(present):
+    here = torch.tensor(present).bool()
+    logits = logits_for(4).masked_fill(~here, -torch.inf)
+    own = torch.zeros(6, 4, 4).double()
+    own[:, here[:, None] & here] = softmax_hessian(logits[:, here]).flatten(1)
+    labels = here.nonzero()[-1].expand(6)
+    residuals = torch.softmax(logits, -1) - F.one_hot(labels, 4)
+    torch.manual_seed(0)
+    sampled = sampled_softmax_seeds(logits, 5)
+    for seeds in (softmax_seeds(logits), sampled, empirical_seeds(logits, labels, False)):
+        assert seeds.isfinite().all()
+        assert not seeds[:, ~here].any()
+    S = softmax_seeds(logits)
+    torch.testing.assert_close(S @ S.mT, own, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(empirical_seeds(logits, labels, False)[:, :, 0], residuals)
+    # Every sampled column is a residual of a present choice.
+    drawn = (torch.softmax(logits, -1)[:, :, None] - 5**0.5 * sampled).round()
+    assert torch.equal(drawn.sum(1), torch.ones(6, 5).double())

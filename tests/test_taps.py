@@ -6,11 +6,14 @@ import weakref
 import pytest
 import torch
 from models import (
+    bruteforce_jacobians,
     choice_batch,
     inputs_of,
     letter_batch,
     letter_head,
+    ragged_choices,
     scoring_head,
+    tiny_bert_classifier,
     tiny_gpt2,
     tiny_llama,
     tiny_mlp,
@@ -18,7 +21,7 @@ from models import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from laplace_llm import StreamingGGN, taps
+from laplace_llm import DiagLoraLaplace, SequenceClassificationHead, StreamingGGN, taps
 from laplace_llm.adapters import find_lora_tensors
 from laplace_llm.session import borrowed
 
@@ -144,3 +147,43 @@ def test_hooks_are_gone_after_a_pass_and_after_an_error():
 def test_mlp_without_attention_shares_nothing():
     tensors, run = tapped(tiny_mlp(), torch.randn(5, 4, dtype=torch.float64))
     assert run.sources == list(range(len(tensors)))
+
+
+@pytest.mark.parametrize("sides", ["AB", "B"])
+def test_pooled_activations_of_several_sequences_an_example(sides):
+    """Targets after the pooling have one position for each sequence, not for each token."""
+    model = tiny_bert_classifier(targets=("value", "pooler.dense"), classes=1)
+    head, batch = SequenceClassificationHead(model), ragged_choices(5)
+    tensors, run = tapped(head, batch, sides)
+    counts = batch["choice_present"].sum(1, keepdim=True)
+    for index, tensor in enumerate(tensors):
+        if "pooler" in tensor.name:
+            assert torch.equal(run.token_counts(index), counts)
+            assert not run.inputs(index)[~batch["choice_present"]].any()
+    la = DiagLoraLaplace(head, tensors=sides)
+    with la._borrowed():
+        blocks, _ = la._streaming.jacobian_blocks(batch)
+    expected = bruteforce_jacobians(head, batch, tensors)
+    torch.testing.assert_close(torch.cat(blocks, -1), expected)
+
+
+class Marked(nn.Module):
+    """Marks absent choices in a way through which a gradient would pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_mlp()
+
+    def forward(self, x):
+        return self.model(x) + torch.where(x[:, :3] > 0.5, -torch.inf, 0.0)
+
+
+def test_absent_choices_have_no_gradient_however_they_are_marked():
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.manual_seed(1))
+    absent = x[:, :3] > 0.5
+    assert absent.any()
+    blocks, logits = StreamingGGN(Marked(), "classification").jacobian_blocks(x)
+    assert torch.equal(logits == -torch.inf, absent)
+    for block in blocks:
+        assert not block[absent].any()
+        assert block[~absent].any()
