@@ -105,7 +105,10 @@ class LoraPredictive(LoraPosterior):
             # The parent checks the generator and then draws without it.
             classes = self._predicts_classes(fitting)
             if pred_type == "glm" and classes:
-                samples = self.predictive_samples(x, "glm", n_samples, diagonal_output, generator)
+                moments = self._glm_predictive_distribution(x)
+                samples = self._glm_predictive_samples(
+                    *moments, n_samples, diagonal_output, generator
+                )
                 return samples.mean(0)
             if pred_type == "nn" and classes:
                 return self._nn_predictive_classification(x, n_samples, generator, **model_kwargs)
@@ -130,6 +133,24 @@ class LoraPredictive(LoraPosterior):
             x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting,
             **model_kwargs,
         )  # fmt: skip
+
+    def predictive_samples(
+        self,
+        x: Batch,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return samples (S, B, C) of the predictive, as the parent does.
+
+        Unlike there, those of a reward model are rewards for both predictives, not the softmax of
+        what is a single output.
+        """
+        sample = super().predictive_samples
+        if self.likelihood == "reward_modeling":
+            sample = self.functional_samples
+        return sample(x, pred_type, n_samples, diagonal_output, generator)
 
     def _check_generator(self, generator: Any) -> None:
         if not isinstance(generator, torch.Generator) or generator.device != self._device:

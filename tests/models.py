@@ -335,9 +335,9 @@ def ragged_letters(n: int, seed: int = 0) -> dict[str, Tensor]:
     return {**batch, "labels": labels, "choice_present": present}
 
 
-def ragged_choices(n: int, seed: int = 0) -> dict[str, Tensor]:
+def ragged_choices(n: int, seed: int = 0, pad: str = "left") -> dict[str, Tensor]:
     """Return `choice_batch` where each question has two to four choices; the others are padding."""
-    batch = choice_batch(n, 4, seed=seed, pad="left")
+    batch = choice_batch(n, 4, seed=seed, pad=pad)
     present, labels = _ragged(batch["labels"], seed)
     parts = {
         key: batch[key] * present[..., None]

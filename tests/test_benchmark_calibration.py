@@ -656,6 +656,15 @@ def answers():
     return probs, labels
 
 
+def test_choices_that_are_not_there_change_no_metric(answers):
+    probs, labels = answers
+    wider = torch.cat([probs, torch.zeros(200, 2).double()], 1)
+    found, expected = metrics.metrics(wider, labels), metrics.metrics(probs, labels)
+    assert found == pytest.approx(expected, nan_ok=True)
+    for name, values in metrics.uncertainty(wider).items():
+        torch.testing.assert_close(values, metrics.uncertainty(probs)[name])
+
+
 def test_metrics_by_their_definitions(answers):
     probs, labels = answers
     n = len(labels)

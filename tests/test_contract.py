@@ -6,17 +6,22 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from laplace.utils import RunningNLLMetric
 from models import (
     HEADS,
     bruteforce_jacobians,
+    by_size,
     chunks,
     explicit_ggn,
     inputs_of,
     labels_of,
+    letter_batch,
     mlp_batch,
+    pair_batch,
     refitted_blocks,
     select,
+    tiny_bert_classifier,
     tiny_mlp,
 )
 from torch.nn import functional as F
@@ -30,6 +35,7 @@ from laplace_llm import (
     StreamingEF,
 )
 from laplace_llm.errors import NotFittedError, PriorError, StateError
+from laplace_llm.links import quasi_monte_carlo
 from laplace_llm.moments import slices
 from laplace_llm.sketch import spectra
 
@@ -483,6 +489,170 @@ def test_shapes_of_functional_and_predictive_samples(case):
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4).double())
 
 
+# Choices that a row does not have -----------------------------------------------------------------
+
+EACH_STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+@EACH_STRUCTURE
+@pytest.mark.parametrize("backend", [None, StreamingEF])
+def test_absent_choices_add_nothing_to_the_posterior(structure, backend):
+    """It is that of the rows in batches of their own, each with its own number of choices."""
+    case = Case(structure, "ragged scored", backend)
+    (whole, batch), alone = case.fitted(), case.build()
+    with alone._borrowed():
+        state = alone._empty_curvature()
+        losses = [alone._accumulate(state, row, row["labels"]).loss for row in by_size(batch)]
+        alone._set_curvature(state, merge=False)
+    alone.n_data, alone.mean = 6, whole.mean
+    torch.testing.assert_close(precision_of(whole), precision_of(alone), **EXACT)
+    torch.testing.assert_close(whole.loss, sum(losses), **EXACT)
+
+
+PREDICTIONS = {
+    **{link: {"link_approx": link} for link in ("qmc", "mean_field", "probit", "mc")},
+    **{link: {"link_approx": link} for link in ("bridge", "bridge_norm")},
+    "qmc of marginals": {"diagonal_output": True},
+    "mean field of marginals": {"link_approx": "mean_field", "diagonal_output": True},
+    "mc of marginals": {"link_approx": "mc", "diagonal_output": True},
+    "nn": {"pred_type": "nn", "link_approx": "mc", "n_samples": 3},
+}
+
+
+@pytest.mark.parametrize("options", PREDICTIONS.values(), ids=PREDICTIONS)
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+def test_absent_choices_are_predicted_impossible_and_change_nothing_else(structure, options):
+    case = Case(structure, "ragged scored")
+    la, _ = case.fitted()
+    batch = case.batch(5, seed=2)
+    sampled = options.get("link_approx") == "mc"
+
+    def predict(x):
+        generator = torch.Generator().manual_seed(0) if sampled else None
+        return la(x, **options, generator=generator)
+
+    probabilities = predict(batch)
+    assert torch.equal(probabilities > 0, batch["choice_present"])
+    assert torch.equal(probabilities == 0, ~batch["choice_present"])
+    for row, own in zip(probabilities, by_size(batch), strict=True):
+        expected = predict(own)[0]
+        torch.testing.assert_close(row[: len(expected)], expected, **EXACT)
+        torch.testing.assert_close(expected.sum(), torch.ones(()).double())
+
+
+def test_mc_draws_the_same_for_every_row_whatever_the_others_have():
+    """From torch's global random state too, which moves on."""
+    case = Case("kron", "ragged scored")
+    la, _ = case.fitted()
+    batch = case.batch(5, seed=2)
+    torch.manual_seed(3)
+    first, second = la(batch, link_approx="mc"), la(batch, link_approx="mc")
+    assert not torch.equal(first, second)
+    for row, own in zip(first, by_size(batch), strict=True):
+        torch.manual_seed(3)
+        expected = la(own, link_approx="mc")[0]
+        torch.testing.assert_close(row[: len(expected)], expected, **EXACT)
+
+
+@pytest.mark.parametrize("structure", ["kron", "lowrank"])
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_samples_of_absent_choices_are_minus_infinity(structure, pred_type):
+    case = Case(structure, "ragged letters")
+    la, batch = case.fitted()
+    absent = ~batch["choice_present"].expand(7, 6, 4)
+    samples = la.functional_samples(batch, pred_type=pred_type, n_samples=7)
+    assert torch.equal(samples == -torch.inf, absent)
+    assert not samples.isnan().any()
+    probabilities = la.predictive_samples(batch, pred_type=pred_type, n_samples=7)
+    assert torch.equal(probabilities == 0, absent)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(7, 6).double())
+
+
+@EACH_STRUCTURE
+def test_batches_of_another_number_of_choices_are_predicted_all_the_same(structure):
+    la, _ = Case(structure, "ragged scored").fitted()
+    for own in by_size(Case(structure, "ragged scored").batch(3, seed=1)):
+        moments = la._glm_predictive_distribution(own)
+        expected = quasi_monte_carlo(*moments)
+        torch.testing.assert_close(la(own), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", [CurvlinopsGGN, AsdlGGN])
+def test_the_parents_backends_leave_absent_choices_out(backend):
+    batch = Case("full", "ragged letters").batch()
+    la = FullLoraLaplace(HEADS["ragged letters"]().model, backend=backend)
+    la.fit([batch])
+    torch.testing.assert_close(precision_of(la), dense_precision(la, batch))
+    assert torch.equal(la(batch) > 0, batch["choice_present"])
+
+
+# Preference pairs ---------------------------------------------------------------------------------
+
+
+def single(pairs, which=0):
+    """Return a batch of one sequence of each pair."""
+    return {key: value[:, which] for key, value in pairs.items() if value.ndim == 3}
+
+
+@EACH_STRUCTURE
+def test_reward_models_compare_pairs_and_score_single_answers(structure):
+    cls, options = STRUCTURES[structure]
+    pairs, la = pair_batch(6), cls(tiny_bert_classifier(classes=1), "reward_modeling", **options)
+    la.fit(chunks(pairs, 4))  # a bare model, which is wrapped
+    precision = dense_precision(la, pairs)
+    torch.testing.assert_close(precision_of(la), precision, **EXACT)
+    assert la.n_outputs == 2
+    covariance = torch.linalg.inv(precision)
+    # Rewards of single answers: a Gaussian.
+    answers = single(pair_batch(5, seed=3), 1)
+    jacobians = bruteforce_jacobians(la.model, answers, la.tensors)
+    mean, variance = la(answers)
+    torch.testing.assert_close(mean, la.model(answers).detach(), **EXACT)
+    torch.testing.assert_close(variance, jacobians @ covariance @ jacobians.mT, **EXACT)
+    rows = jacobians.flatten(0, 1)
+    torch.testing.assert_close(la(answers, joint=True)[1], rows @ covariance @ rows.T, **EXACT)
+    assert la(answers, pred_type="nn", link_approx="mc", n_samples=3)[1].shape == (5, 1)
+    for pred_type in ("glm", "nn"):
+        samples = la.predictive_samples(answers, pred_type, n_samples=4)
+        assert samples.shape == (4, 5, 1)
+        assert (samples.std(0) > 0).all()
+    # Preferences, and both rewards together.
+    jacobians = bruteforce_jacobians(la.model, pairs, la.tensors)
+    moments = la.model(pairs).detach(), jacobians @ covariance @ jacobians.mT
+    for result, expected in zip(la(pairs), moments, strict=True):
+        torch.testing.assert_close(result, expected, **EXACT)
+    preferences = la(pairs, fitting=True)
+    torch.testing.assert_close(preferences, quasi_monte_carlo(*moments), rtol=1e-6, atol=1e-8)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        sampled = la(pairs, link_approx="mc", fitting=True, n_samples=5, generator=generator)
+        torch.testing.assert_close(sampled.sum(1), torch.ones(6).double())
+    # Padding changes nothing.
+    padded = pair_batch(6, pad="right", extra=3)
+    torch.testing.assert_close(la(padded, fitting=True), preferences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("structure", ["kron", "kron, expand", "diag", "lowrank"])
+def test_tuning_reward_models_is_tuning_classifiers_of_pairs(structure):
+    cls, options = STRUCTURES[structure]
+    pairs, others = pair_batch(6), chunks(pair_batch(5, seed=4), 3)
+    rewards, classes = (
+        cls(tiny_bert_classifier(classes=1), likelihood, **options)
+        for likelihood in ("reward_modeling", "classification")
+    )
+    for options in (
+        {},
+        {"val_loader": others, "grid_size": 5},
+        {"val_loader": others, "grid_size": 5, "link_approx": "probit"},
+        {"val_loader": others, "method": "val_grad", "n_steps": 3},
+        {"method": "marglik", "n_steps": 3},
+        {"method": "marglik", "evidence": "linear_mode", "grid_size": 5},
+    ):
+        for la in (rewards, classes):
+            la.fit([pairs])
+            la.optimize_prior_precision(**options)
+        assert torch.equal(rewards.prior_precision, classes.prior_precision)
+
+
 # Regression ---------------------------------------------------------------------------------------
 
 REGRESSION = pytest.mark.parametrize("structure", STRUCTURES)
@@ -534,6 +704,42 @@ def test_regression_tunes_and_samples(structure):
     before = la.log_marginal_likelihood()
     la.optimize_prior_precision(method="marglik", n_steps=30)
     assert la.log_marginal_likelihood() > before
+
+
+def flat(loader):
+    """Return a loader whose targets (B, 1) are (B,), as Hugging Face's collators make them."""
+    return [{**batch, "labels": batch["labels"][:, 0]} for batch in loader]
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "lowrank"])
+def test_targets_of_one_output_need_no_second_axis(structure):
+    cls, options = STRUCTURES[structure]
+    batches = chunks(letter_batch(6), 4)
+    for batch in batches:
+        batch["labels"] = torch.randn(len(batch["labels"]), 1)
+    column, flattened = (
+        cls(tiny_bert_classifier(classes=1), "regression", sigma_noise=0.7, **options)
+        for _ in range(2)
+    )
+    for la, loader in ((column, batches), (flattened, flat(batches))):
+        la.fit(loader)
+    assert_same_posterior(column, flattened)
+    torch.testing.assert_close(precision_of(column), dense_precision(column, letter_batch(6)))
+    for options in (
+        {},
+        {"method": "gridsearch"},
+        {"method": "gridsearch", "loss": lambda mean, variance, y: (mean - y).square().mean()},
+        {"method": "gridsearch", "pred_type": "nn", "link_approx": "mc", "n_samples": 2},
+        {"method": "val_grad", "n_steps": 3},
+    ):
+        for la, loader in ((column, batches), (flattened, flat(batches))):
+            torch.manual_seed(0)
+            if options:
+                options["val_loader"] = loader
+            la.optimize_prior_precision(**options, grid_size=5)
+        assert torch.equal(column.prior_precision, flattened.prior_precision)
+    x = inputs_of(batches[0])
+    torch.testing.assert_close(column(x)[0], column.model(x).detach())
 
 
 @REGRESSION

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from models import chunks, mlp_batch
+from models import chunks, letter_head, mlp_batch, ragged_letters
 from test_tuning import (
     ALL,
     GRID,
@@ -18,6 +18,7 @@ from test_tuning import (
 )
 
 from laplace_llm.kernel import training_space
+from laplace_llm.tuning.evidence import warn_if_unsure
 
 pytestmark = pytest.mark.filterwarnings("error:The marginal likelihood chose:UserWarning")
 
@@ -84,3 +85,14 @@ def test_marglik_does_not_warn_without_examples():
     la, _ = confident()
     la.load_state_dict(la.state_dict())
     la.optimize_prior_precision(method="marglik", n_steps=20)
+
+
+def test_the_warning_counts_the_choices_that_rows_have(monkeypatch):
+    la = fitted(model=letter_head(classes=4), loader=[ragged_letters(9)])
+    batch = ragged_letters(9)
+    monkeypatch.setattr("laplace_llm.tuning.evidence.CONFIDENCE_LOSS", -1.0)
+    with pytest.warns(UserWarning, match="mean confidence") as caught:
+        assert warn_if_unsure(la, [batch])
+    expected = confidence(torch.softmax(la.model(batch), -1)), confidence(la(batch))
+    numbers = re.search(r"from (\S+) to (\S+):", str(caught[0].message)).groups()
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.0051)

@@ -7,6 +7,7 @@ import torch
 from models import (
     HEADS,
     bruteforce_jacobians,
+    by_size,
     chunks,
     inputs_of,
     labels_of,
@@ -159,6 +160,22 @@ def test_padding_does_not_matter(pad):
         assert_same_space(training_space(la, [padded]), expected)
 
 
+def test_absent_choices_add_nothing_to_the_kernel():
+    """Each example's block is that of a batch of its own, with its own number of choices."""
+    la, batch = posterior("ragged scored")
+    space = training_space(la, [batch])
+    size = space.trained.shape[1]
+    for index, row in enumerate(by_size(batch)):
+        alone = training_space(la, [row])
+        assert alone.present is None
+        k = alone.trained.shape[1]
+        block = slice(index * size, index * size + k)
+        torch.testing.assert_close(space.kernel[block, block], alone.kernel, **EXACT)
+        torch.testing.assert_close(space.trained[index, :k], alone.trained[0], **EXACT)
+        torch.testing.assert_close(space.initial[index, :k], alone.initial[0], **EXACT)
+        assert not space.kernel[index * size + k : (index + 1) * size].any()
+
+
 # Approximations -----------------------------------------------------------------------------------
 
 
@@ -304,6 +321,10 @@ def spoiled(change):
         (lambda: spoiled(lambda b: b.pop("labels")), "labels under 'labels'.*in batch 2"),
         (lambda: [letter_batch(3), 5], r"an \(X, y\) pair, but got a int.*in batch 1"),
         (lambda: [], "at least one batch"),
+        (
+            lambda: [letter_batch(3), {**letter_batch(3), "labels": torch.zeros(3, 1).long()}],
+            r"\(3, 1\).*in batch 1",
+        ),
     ],
 )
 def test_bad_batches_are_named(loader, message):

@@ -4,13 +4,25 @@ import warnings
 
 import pytest
 import torch
-from models import chunks, mlp_batch, randn, snapshot, tiny_mlp
+from models import (
+    choice_batch,
+    chunks,
+    letter_head,
+    mlp_batch,
+    ragged_letters,
+    randn,
+    scoring_head,
+    snapshot,
+    tiny_llama,
+    tiny_mlp,
+)
 from test_contract import STRUCTURES
 from torch.nn import functional as F
 
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.kernel import training_space
 from laplace_llm.links import mean_field, quasi_monte_carlo
+from laplace_llm.tuning.leave_one_out import held_out, smoothed_nll
 
 ALL = pytest.mark.parametrize("structure", STRUCTURES)
 GRID = {"log_prior_prec_min": -2, "log_prior_prec_max": 3, "grid_size": 11}
@@ -320,3 +332,87 @@ def test_an_error_after_marglik_changes_nothing(stage, monkeypatch):
         la.optimize_prior_precision(method="marglik", n_steps=2)
     assert_chosen(la, 0.7)
     assert snapshot(la.model) == model
+
+
+# Different numbers of choices ---------------------------------------------------------------------
+
+
+def of_sizes(*sizes):
+    """Return batches of scored choices, each of so many a question."""
+    return [choice_batch(3, size, seed=index) for index, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [*METHODS.values(), lambda la, loader: la.fit(loader)],
+    ids=[*METHODS, "fit"],
+)
+def test_batches_of_different_sizes_are_refused_by_number(act):
+    la = fitted(model=scoring_head(tiny_llama(targets=("v_proj",))), loader=of_sizes(3))
+    model = snapshot(la.model)
+    with pytest.raises(DataError, match=r"2 after 3.*n_choices=3 or more.*in batch 2"):
+        act(la, of_sizes(3, 3, 2))
+    assert_chosen(la, 0.7)
+    assert snapshot(la.model) == model
+
+
+def test_sampled_weights_check_the_sizes_of_batches_and_labels_too():
+    la = fitted(model=letter_head(classes=4), loader=[ragged_letters(5)])
+    options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 2, "grid_size": 2}
+    la.optimize_prior_precision(val_loader=[ragged_letters(5)], **options)
+    bad = ragged_letters(5)
+    bad["labels"][0] = 3  # the first row has two choices
+    with pytest.raises(DataError, match=r"row 0 has label 3.*in batch 1"):
+        la.optimize_prior_precision(val_loader=[ragged_letters(5), bad], **options)
+    la = fitted(model=scoring_head(tiny_llama(targets=("v_proj",))), loader=of_sizes(3))
+    with pytest.raises(DataError, match=r"2 after 3.*in batch 1"):
+        la.optimize_prior_precision(val_loader=of_sizes(3, 2), **options)
+
+
+def test_later_fits_need_as_many_choices():
+    la = fitted(model=scoring_head(tiny_llama(targets=("v_proj",))), loader=of_sizes(3))
+    with pytest.raises(DataError, match=r"4 after 3.*n_choices=4 or more.*in batch 0"):
+        la.fit(of_sizes(4), override=False)
+    la.fit(of_sizes(4))
+    assert la.n_outputs == 4
+
+
+@pytest.mark.parametrize("link", ["qmc", "mean_field"])
+def test_leave_one_out_smooths_over_the_choices_that_a_row_has(link):
+    la = fitted(model=letter_head(classes=4), loader=[ragged_letters(9)])
+    la.optimize_prior_precision(link_approx=link, **GRID)
+    space = training_space(la, [ragged_letters(9)])
+    moments = held_out(space, INTERVAL)
+    losses = []
+    for index in range(len(INTERVAL)):
+        loss = 0.0
+        for mean, covariance, label, here in zip(
+            *moments.at(index), space.labels, space.present, strict=True
+        ):
+            block = mean[here][None], covariance[here][:, here][None]
+            logs = {"qmc": quasi_monte_carlo, "mean_field": mean_field}[link](*block)[0].log()
+            loss -= float(0.97 * logs[label] + 0.03 * logs.mean())
+        losses.append(loss)
+    assert_chosen(la, INTERVAL[losses.index(min(losses))])
+
+
+def test_smoothing():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0]]).double()
+    labels, present = torch.tensor([2, 0]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    rows = [
+        0.97 * p[0, 2].log() + 0.03 * p[0].log().mean(),
+        0.97 * p[1, 0].log() + 0.03 * p[1, :2].log().mean(),
+    ]
+    torch.testing.assert_close(smoothed_nll(p, labels, present), -sum(rows) / 2)
+    expected = F.cross_entropy(p[:1].log(), labels[:1], label_smoothing=0.03)
+    torch.testing.assert_close(smoothed_nll(p[:1], labels[:1]), expected)
+
+
+@pytest.mark.parametrize("act", METHODS.values(), ids=METHODS)
+def test_every_method_takes_rows_of_different_sizes(act):
+    la = fitted(model=letter_head(classes=4), loader=chunks(ragged_letters(9), 4))
+    act(la, chunks(ragged_letters(9, seed=1), 4))
+    assert la.prior_precision.isfinite().all()
+    assert (la.prior_precision > 0).all()
+    probabilities = la(ragged_letters(9))
+    assert torch.equal(probabilities > 0, ragged_letters(9)["choice_present"])
