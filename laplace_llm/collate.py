@@ -52,7 +52,8 @@ class MultipleChoiceCollator:
     prompt : Callable, default=letter_prompt
         Maps a row to the text that the answer's token follows.
     n_choices : int, optional
-        C, the choices of the head, where rows may have fewer; default: the most in a batch.
+        C, the choices of the head. Needed where rows may have fewer: by default C is the most in a
+        batch, and of one whose rows all have as many nothing is said.
     """
 
     tokenizer: PreTrainedTokenizerBase
