@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from laplace_llm.benchmark import __main__ as benchmark
 from laplace_llm.benchmark.speed import command, measure, operations, peers, presets, report, row
-from laplace_llm.benchmark.speed.accounting import LiveBytes, account, dense_factors
+from laplace_llm.benchmark.speed.accounting import LiveBytes, account
+from laplace_llm.benchmark.speed.four_bit import four_bit
 from laplace_llm.benchmark.speed.operations import Operation, Row
 from laplace_llm.benchmark.speed.presets import Preset, Problem, Workload
 
@@ -317,8 +319,10 @@ def test_checks_of_values_pass():
         assert x.cpu().is_meta
 
 
-def accounted(name: str, preset: str = "tiny") -> dict[str, Any]:
-    return row.accounted(named(name), Workload.of(preset, "meta"))
+def accounted(
+    name: str, preset: str = "tiny", rows: list[Row] = operations.ROWS, **given: Any
+) -> dict[str, Any]:
+    return row.accounted(named(name, rows), Workload.of(preset, "meta", **given))
 
 
 def test_the_models_bytes():
@@ -335,6 +339,33 @@ def test_rows_run_on_meta(name):
     assert 0 < result["largest_bytes"] <= result["peak_bytes"] - result["before_bytes"]
 
 
+ASDL = [r for r in peers.ROWS if r.who == peers.ASDL]
+
+
+@pytest.mark.filterwarnings("ignore:ASDL backend is used")
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")
+@pytest.mark.parametrize("name", [r.name for r in ASDL if r.on_meta])
+def test_peers_rows_run_on_meta(name):
+    result = accounted(name, rows=ASDL)
+    assert result["model_bytes"] <= result["before_bytes"] < result["peak_bytes"]
+
+
+def test_curvlinops_does_not_run_on_meta():
+    assert not any(r.on_meta for r in peers.ROWS if r.who == peers.CURVLINOPS)
+    with pytest.raises(NotImplementedError):
+        accounted("fit", rows=peers.rows("", peers.CurvlinopsGGN))
+
+
+def test_a_peer_keeps_dense_factors_and_eigenvectors():
+    problem = Problem(TINY)
+    sides = [side for p in problem.parameters for side in p.shape]
+    mean = sum(p.numel() for p in problem.parameters)
+    posterior = 4 * (sum(2 * side**2 + side for side in sides) + mean)
+    kept = accounted("construct", rows=ASDL)["kept_bytes"]
+    # Besides, a prior precision for each tensor and a few scalars.
+    assert posterior <= kept <= posterior + 4 * (len(problem.parameters) + 16)
+
+
 def test_no_side_is_squared(monkeypatch):
     """Nothing of d x d numbers is allocated where a side is sketched; the peer's factors are."""
     wide = {**presets.PRESETS["tiny"].config, "hidden_size": 2048, "num_hidden_layers": 1}
@@ -345,15 +376,9 @@ def test_no_side_is_squared(monkeypatch):
     result = accounted("construct", "wide")
     assert result["largest_bytes"] <= square / 4
     assert result["kept_bytes"] >= 2 * 4 * 2048 * 128
-    theirs = command.peers_factors(Workload.of("wide", "meta"))
+    theirs = accounted("construct", "wide", ASDL)
     assert theirs["largest_bytes"] == square
     assert theirs["kept_bytes"] > 4 * square
-
-
-def test_dense_factors_by_hand():
-    needs = dense_factors([(2, 5), (7, 2)], 4)
-    kept = 4 * (2 * (4 + 25 + 49 + 4) + 2 + 5 + 7 + 2)
-    assert (needs.kept, needs.peak, needs.largest) == (kept, kept, 4 * 49)
 
 
 def test_the_accounting_through_the_command(monkeypatch, tmp_path, capsys):
@@ -362,11 +387,124 @@ def test_the_accounting_through_the_command(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(command, "run_row", in_this_process)
     arguments = ["--preset", "tiny", "--device", "meta", "--peers", "--out", str(tmp_path)]
-    command.main([*arguments, "--rows", "step", "fit", "grid", "construct"])
-    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    assert [r["name"] for r in rows] == ["step", "fit", "construct", "construct"]
+    command.main([*arguments, "--rows", "step", "fit", "grid", "construct", "--targets", "v_proj"])
+    content = json.loads((tmp_path / "speed.json").read_text())
+    rows = content["rows"]
+    assert [(r["name"], r["who"]) for r in rows] == [
+        ("step", "torch"),
+        ("fit", "laplace_llm"),
+        ("fit", peers.ASDL),
+        ("construct", "laplace_llm"),
+        ("construct", peers.ASDL),
+    ]
     assert rows[1]["step_ratio"] == pytest.approx(rows[1]["peak_bytes"] / rows[0]["peak_bytes"])
-    assert "largest allocation" in capsys.readouterr().out
+    assert content["workload"]["targets"] == ["v_proj"]
+    output = capsys.readouterr().out
+    assert "largest allocation" in output
+    assert "LoRA r=3 on v_proj, batch" in output
+
+
+# A base in 4 bits ---------------------------------------------------------------------------------
+
+NF4 = presets.PRESETS["tiny"]._replace(dtype=torch.bfloat16, four_bit=True)
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch) -> Any:
+    """Return the package, which the preset "nf4" needs."""
+    monkeypatch.setitem(presets.PRESETS, "nf4", NF4)
+    return pytest.importorskip("bitsandbytes")
+
+
+def tensors_of(layer: Any) -> dict[str, torch.Tensor]:
+    """Return all that bitsandbytes stores for a weight."""
+    state = layer.weight.quant_state
+    return {
+        "values": layer.weight.data,
+        "scales": state.absmax,
+        "code": state.code,
+        "offset": state.offset,
+        "scales of scales": state.state2.absmax,
+        "code of scales": state.state2.code,
+    }
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (160, 640)])
+def test_a_layer_is_the_one_that_bitsandbytes_makes(bitsandbytes, shape):
+    linear = nn.Linear(*shape, bias=False, dtype=torch.bfloat16)
+    theirs = bitsandbytes.nn.Linear4bit(*shape, bias=False, quant_type="nf4")
+    theirs.weight = bitsandbytes.nn.Params4bit(linear.weight.detach(), quant_type="nf4")
+    theirs = theirs.to("cpu")  # quantises
+    ours = four_bit(linear, bitsandbytes)
+    for key, tensor in tensors_of(theirs).items():
+        assert torch.equal(tensors_of(ours)[key], tensor), key
+    assert not ours.weight.requires_grad
+    x = torch.randn(3, shape[0], dtype=torch.bfloat16, requires_grad=True)
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(*(torch.autograd.grad(layer(x).sum(), x)[0] for layer in (ours, theirs)))
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (160, 640)])
+def test_a_layer_without_values_takes_the_bytes_of_one_with_values(bitsandbytes, shape):
+    real = four_bit(nn.Linear(*shape, bias=False, dtype=torch.bfloat16), bitsandbytes)
+    size = sum(tensor.nbytes for tensor in tensors_of(real).values())
+    with LiveBytes() as live:
+        linear = nn.Linear(*shape, bias=False, dtype=torch.bfloat16, device="meta")
+        layer = four_bit(linear, bitsandbytes)
+        del linear
+        assert live.current == size
+    assert all(tensor.is_meta for tensor in tensors_of(layer).values())
+
+
+def test_weights_are_restored_in_forward_and_again_in_backward(bitsandbytes):
+    out, in_ = 640, 320
+    weight = 2 * out * in_
+    with LiveBytes() as live:
+        layer = four_bit(nn.Linear(in_, out, False, device="meta", dtype=torch.bfloat16),
+                         bitsandbytes)  # fmt: skip
+        x = torch.zeros(2, in_, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        forward = account(lambda: layer(x), live)
+        y = layer(x)
+        backward = account(lambda: torch.autograd.grad(y, x, torch.ones_like(y)), live)
+    assert forward.peak - forward.before == weight + 2 * 2 * out
+    assert forward.kept == 2 * 2 * out  # the restored weight is not kept for the backward pass
+    assert weight < backward.peak - backward.before < 1.2 * weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_all_but_embeddings_norms_and_the_output_layer_are_in_4_bits(bitsandbytes, device):
+    from peft.tuners.lora.bnb import Linear4bit
+
+    head = Problem(Workload.of("nf4", device)).head
+    stored = {name: p.dtype for name, p in head.named_parameters() if "lora_" not in name}
+    whole = {name for name, dtype in stored.items() if dtype is not torch.uint8}
+    assert len(stored) - len(whole) == 2 * 7  # layers of 4 attention and 3 MLP matrices each
+    assert all("embed" in name or "norm" in name or "choice_layer" in name for name in whole)
+    adapted = [m for m in head.modules() if isinstance(m, Linear4bit)]
+    assert len(adapted) == 2 * 2
+
+
+@pytest.mark.parametrize("name", ["step", "fit", "qmc", "construct"])
+def test_rows_run_on_a_base_in_4_bits(bitsandbytes, name):
+    named(name).set_up(Problem(Workload.of("nf4", "cpu"))).run()
+    result = accounted(name, "nf4")
+    assert result["model_bytes"] <= result["before_bytes"] < result["peak_bytes"]
+
+
+def test_4_bits_need_bitsandbytes(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "nf4", NF4)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(SystemExit, match="pip install bitsandbytes"):
+        Problem(Workload.of("nf4", "meta"))
+
+
+def test_the_presets_have_their_models_sizes():
+    published = {"smollm2-135m": 134_515_008, "llama2-7b": 6_738_415_616,
+                 "qwen2.5-32b": 32_763_876_352}  # fmt: skip
+    for name, size in published.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(presets.config(name))
+        assert sum(p.numel() for p in model.parameters()) == size
 
 
 # The report ---------------------------------------------------------------------------------------

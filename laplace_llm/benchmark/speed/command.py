@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from laplace_llm.benchmark.speed import operations, peers, report
-from laplace_llm.benchmark.speed.accounting import dense_factors
 from laplace_llm.benchmark.speed.operations import Row
-from laplace_llm.benchmark.speed.presets import PRESETS, Problem, Workload
+from laplace_llm.benchmark.speed.presets import PRESETS, Workload
 
 NAMES = [row.name for row in operations.ROWS]
 
@@ -36,6 +35,7 @@ def main(arguments: list[str]) -> None:
         tokens=options.tokens,
         choices=options.choices,
         rank=options.rank,
+        targets=options.targets,
     )
     rows = plan(options.rows, options.peers, workload.device == "meta")
     results = []
@@ -47,8 +47,6 @@ def main(arguments: list[str]) -> None:
         took = time.perf_counter() - start
         print(f"{result.get('error', 'done')} ({took:.0f} s)", file=sys.stderr, flush=True)
         results.append(result)
-    if workload.device == "meta" and options.peers:
-        results.append(peers_factors(workload))
     report.compare(results)
     facts = report.circumstances(workload.device, options.threads, arguments)
     table = report.counted_table if workload.device == "meta" else report.timed_table
@@ -65,8 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Time and peak memory of every operation, beside the floor it could reach.",
     )
     add = parser.add_argument
-    add("--preset", choices=[name for name in PRESETS if name != "tiny"] + ["tiny"],
-        metavar="{smollm2-135m,llama2-7b}", default="smollm2-135m",
+    shown = ",".join(name for name in PRESETS if name != "tiny")
+    add("--preset", choices=list(PRESETS), metavar=f"{{{shown}}}", default="smollm2-135m",
         help="the model's shape (weights are random), precision, adapted layers and batch "
         "(default: %(default)s)")  # fmt: skip
     add("--model", help="a model of a name or folder instead of random weights: a Hub name, or "
@@ -75,6 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tokens", type=_positive, help="tokens of a question (default: the preset's)")
     add("--choices", type=_positive, help="choices of a question (default: the preset's)")
     add("--rank", type=_positive, help="LoRA's r (default: the preset's)")
+    add("--targets", nargs="+", metavar="LAYER", help="LoRA's layers, such as q_proj (default: "
+        "the preset's)")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or meta; meta counts bytes and computes nothing, for models too big for "
         "the machine (default: %(default)s)")  # fmt: skip
@@ -109,7 +109,7 @@ def _positive(text: str) -> int:
 
 def plan(names: Sequence[str], with_peers: bool, meta: bool) -> list[Row]:
     """Return the rows to run, each operation's contestants one after the other."""
-    candidates = [*operations.ROWS, *(peers.ROWS if with_peers and not meta else [])]
+    candidates = [*operations.ROWS, *(peers.ROWS if with_peers else [])]
     chosen = [row for row in candidates if row.name in names and (row.on_meta or not meta)]
     return sorted(chosen, key=lambda row: NAMES.index(row.name))  # stable: ours come first
 
@@ -155,21 +155,3 @@ def ended(code: int, stderr: str) -> str:
         return "out of memory (killed by the system)"
     lines = [line for line in stderr.splitlines() if line.strip()]
     return f"ended with {code}: {lines[-1] if lines else 'no message'}"[:200]
-
-
-def peers_factors(workload: Workload) -> dict[str, Any]:
-    """Return what laplace-torch's factors would take, by their shapes."""
-    problem = Problem(workload)
-    needs = dense_factors([tuple(p.shape) for p in problem.parameters], 4)  # type: ignore[misc]
-    model = sum(p.numel() * p.itemsize for p in problem.head.parameters())
-    return {
-        "name": "construct",
-        "title": "construct + decompose, by shapes",
-        "who": "laplace-torch, dense factors",
-        "choices": workload.choices,
-        "model_bytes": model,
-        "before_bytes": model,
-        "peak_bytes": model + needs.peak,
-        "kept_bytes": needs.kept,
-        "largest_bytes": needs.largest,
-    }

@@ -11,25 +11,31 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from laplace_llm import MultipleChoiceHead
 from laplace_llm.benchmark.models import load_model
+from laplace_llm.benchmark.speed.four_bit import quantise
 
 # What a batch is made of where it is run through the model and through a posterior.
 Batch = dict[str, Tensor]
 
 
 class Preset(NamedTuple):
-    """A model's shape, where its adapter sits, and the batch to measure on."""
+    """A model's shape, where its adapter sits, and the batch to measure on.
 
-    config: dict[str, int | float | bool]
+    Without a ``model_type`` in `config` it is Llama's. `four_bit` says whether the base is in 4
+    bits (`four_bit.quantise`) instead of in `dtype`.
+    """
+
+    config: dict[str, int | float | bool | str]
     dtype: torch.dtype
     targets: tuple[str, ...]
     rank: int
     batch: int
     tokens: int
     choices: int
+    four_bit: bool = False
 
 
 PRESETS = {
@@ -70,6 +76,30 @@ PRESETS = {
         tokens=300,
         choices=4,
     ),
+    # Qwen2.5-32B; tokens as for 7B, so that the two compare.
+    "qwen2.5-32b": Preset(
+        {
+            "model_type": "qwen2",
+            "vocab_size": 152064,
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": False,
+        },
+        torch.bfloat16,
+        ("q_proj", "v_proj", "lm_head"),
+        rank=8,
+        batch=4,
+        tokens=300,
+        choices=4,
+        four_bit=True,
+    ),
     # For the tests: everything in a second.
     "tiny": Preset(
         {
@@ -92,6 +122,11 @@ PRESETS = {
 }
 
 
+def config(preset: str) -> PretrainedConfig:
+    """Return the shape of a preset's model."""
+    return AutoConfig.for_model(**{"model_type": "llama", **PRESETS[preset].config})
+
+
 @dataclass(frozen=True)
 class Workload:
     """A model and a batch's shape, in plain values that another process can read.
@@ -99,13 +134,15 @@ class Workload:
     Attributes
     ----------
     preset : str
-        Gives the precision, the adapter's layers and, unless there is a `model`, the shape.
+        Gives the precision (4 bits included) and, unless there is a `model`, the shape.
     model : str or None
         A model to load (`load_model`) instead of random weights.
     batch, tokens, choices : int
         B questions of T tokens and C choices.
     rank : int
         LoRA's r.
+    targets : list[str]
+        The layers it is on.
     device : str
         Where to put everything; 'meta' for the accounting.
     """
@@ -116,17 +153,17 @@ class Workload:
     tokens: int
     choices: int
     rank: int
+    targets: list[str]
     device: str
 
     @classmethod
-    def of(
-        cls, preset: str, device: str, model: str | None = None, **given: int | None
-    ) -> Workload:
+    def of(cls, preset: str, device: str, model: str | None = None, **given: Any) -> Workload:
         """Take from the preset whatever is not given."""
-        values: dict[str, int] = {
+        values: dict[str, Any] = {
             key: given.get(key) or getattr(PRESETS[preset], key)
-            for key in ("batch", "tokens", "choices", "rank")
+            for key in ("batch", "tokens", "choices", "rank", "targets")
         }
+        values["targets"] = list(values["targets"])
         return cls(preset=preset, model=model, device=device, **values)
 
 
@@ -173,15 +210,18 @@ def _head(workload: Workload, device: torch.device) -> MultipleChoiceHead:
     if workload.model is None:
         # On the device from the start: 7B parameters need not fit into the machine's memory.
         with device:
-            config = LlamaConfig(**preset.config)
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=preset.dtype)
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config(workload.preset), dtype=preset.dtype
+            )
     else:
         model = load_model(workload.model, preset.dtype)[0].to(device)
+    if preset.four_bit:
+        quantise(model)
     lora = LoraConfig(
         r=workload.rank,
         lora_alpha=2 * workload.rank,
         lora_dropout=0.0,
-        target_modules=list(preset.targets),
+        target_modules=workload.targets,
     )
     with device:
         model = get_peft_model(model, lora)

@@ -64,7 +64,7 @@ def timed_table(results: Sequence[Result]) -> str:
             floor = f"{result['floor']}: {_seconds(result['floor_seconds'])}"
         peak = _bytes(memory(result))
         if result["name"] == "construct":
-            peak = "+" + _bytes(result["peak_bytes"] - result["before_bytes"])
+            peak = _change(result["peak_bytes"] - result["before_bytes"])
         rows.append(
             [
                 result["title"],
@@ -93,8 +93,8 @@ def counted_table(results: Sequence[Result]) -> str:
                 result["title"],
                 result["who"],
                 _bytes(result["peak_bytes"]),
-                "+" + _bytes(result["peak_bytes"] - result[base]),
-                "+" + _bytes(result["kept_bytes"]),
+                _change(result["peak_bytes"] - result[base]),
+                _change(result["kept_bytes"]),
                 _bytes(result["largest_bytes"]),
                 _ratio(result.get("step_ratio")),
             ]
@@ -146,8 +146,8 @@ def notes(facts: dict[str, Any], workload: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     what = workload["model"] or f"random weights of {workload['preset']}'s shape"
     lines = [
-        f"{what}, LoRA r={workload['rank']}, batch {workload['batch']} x {workload['tokens']} "
-        f"tokens, {workload['choices']} choices",
+        f"{what}, LoRA r={workload['rank']} on {', '.join(workload['targets'])}, batch "
+        f"{workload['batch']} x {workload['tokens']} tokens, {workload['choices']} choices",
         f"{facts['device']}, {facts['threads']} thread(s); {versions}",
     ]
     if workload["device"] == "meta":
@@ -180,6 +180,10 @@ def _seconds(value: float) -> str:
 
 def _bytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:,.1f} MB"
+
+
+def _change(value: float) -> str:
+    return f"{'+' if value >= 0 else ''}{_bytes(value)}"
 
 
 def _ratio(value: float | None) -> str:
