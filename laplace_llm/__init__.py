@@ -15,6 +15,7 @@ from laplace_llm.collate import (
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
 from laplace_llm.scoring_head import ChoiceScoringHead
+from laplace_llm.shards import Shard
 from laplace_llm.shared import shared_moments_grid
 from laplace_llm.structures import (
     DiagLoraLaplace,
@@ -49,6 +50,8 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "LETTERS",
     "letter_prompt",
     "question_prompt",
+    # data that several processes share
+    "Shard",
     # the parent's subnetwork Laplace
     "LoraSubnetMask",
     # errors

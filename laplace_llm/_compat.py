@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from laplace.baselaplace import (
@@ -20,7 +22,7 @@ from laplace.utils.metrics import RunningNLLMetric
 from laplace.utils.subnetmask import SubnetMask
 from laplace.utils.utils import validate
 from torch import Tensor
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, Metric
 
 __all__ = [
     "AsdlInterface",
@@ -34,6 +36,7 @@ __all__ = [
     "KronLaplace",
     "ParametricLaplace",
     "SubnetMask",
+    "computed_here",
     "default_loss",
     "parent_factory",
     "parent_marglik",
@@ -46,6 +49,24 @@ def default_loss(la: Any) -> Any:
     if la.likelihood == "regression":
         return MeanSquaredError(num_outputs=la.n_outputs).to(la._device)
     return RunningNLLMetric().to(la._device)
+
+
+@contextmanager
+def computed_here(loss: Any) -> Iterator[None]:
+    """Have a metric score what it was given in this process, and not wait for other processes."""
+    metrics = loss.modules() if isinstance(loss, Metric) else ()
+    before = [(m, m.distributed_available_fn) for m in metrics if isinstance(m, Metric)]
+    try:
+        for metric, _ in before:
+            metric.distributed_available_fn = _alone
+        yield
+    finally:
+        for metric, available in before:
+            metric.distributed_available_fn = available
+
+
+def _alone() -> bool:
+    return False
 
 
 def parent_marglik(

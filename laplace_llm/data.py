@@ -10,13 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_llm.errors import DataError, LaplaceLLMError
+from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
 
 
 def labelled(
     loader: Iterable[Any], key: str, device: torch.device, description: str, progress_bar: bool
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield the inputs and labels of each batch.
+    """Yield the inputs and labels of each batch, of a shard without the examples it repeats.
 
     Parameters
     ----------
@@ -29,24 +30,37 @@ def labelled(
     description : str
         Of the progress bar.
     progress_bar : bool
-        Whether to show one.
+        Whether to show one; of several processes, the first one does.
 
     Raises
     ------
     DataError
-        If the loader is empty, or a batch is neither kind or has no labels.
+        If the loader is empty (a shard may be), or a batch is neither kind or has no labels.
     """
-    empty = True
-    for index, batch in enumerate(tqdm(loader, desc=description, disable=not progress_bar)):
+    shard = as_shard(loader)
+    hidden, empty = not progress_bar or shard.rank > 0, True
+    for index, batch in enumerate(tqdm(shard, desc=description, disable=hidden)):
         empty = False
         try:
             x, y = _split(batch, key)
         except DataError as error:
             raise numbered(error, index) from error
+        y = torch.as_tensor(y)
+        fresh = shard.fresh(len(y)) if y.ndim else 1
+        if fresh == 0:
+            continue
+        if y.ndim and fresh < len(y):
+            x, y = next(slices(x, fresh)), y[:fresh]
         if isinstance(x, Tensor):
             x = x.to(device)
-        yield x, torch.as_tensor(y).to(device)
-    if empty:
+        yield x, y.to(device)
+    if shard.size == 1:
+        check_any(not empty)
+
+
+def check_any(found: object) -> None:
+    """Raise DataError unless any data were found, on this process or another."""
+    if not found:
         raise DataError("Expected a loader with at least one batch, but it yielded none.")
 
 
@@ -154,3 +168,31 @@ def check_outputs(count: int, before: int | None, index: int | None = None) -> i
         f"row: n_choices={max(count, before)} or more."
     )
     raise error if index is None else numbered(error, index)
+
+
+def slices(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Cut a batch into parts of at most `rows` examples; mappings stay mappings."""
+    size = batch_size(batch)
+    if size <= rows:
+        yield batch
+        return
+    for start in range(0, size, rows):
+        if isinstance(batch, Tensor):
+            yield batch[start : start + rows]
+        else:
+            yield {
+                key: value[start : start + rows] if _is_batched(value, size) else value
+                for key, value in batch.items()
+            }
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the length of the first dimension that the batch's tensors share."""
+    if isinstance(batch, MutableMapping):
+        key = "input_ids" if "input_ids" in batch else next(iter(batch))
+        return len(batch[key])
+    return len(batch)
+
+
+def _is_batched(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size

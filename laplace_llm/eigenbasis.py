@@ -56,6 +56,15 @@ class EigenbasisMoments:
         self.totals[index] += rotated.square().sum((0, 2))
         self.kept[index] += (rotated @ block.large.vectors).square().sum(0)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over parts of the data; to be written to."""
+        return [*self.kept, *self.totals]
+
+    def merge(self, other: EigenbasisMoments) -> None:
+        """Add the moments of other data in the same basis."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine += theirs
+
     def decompose(self) -> LoraKronDecomposed:
         """Return the curvature with these eigenvalues."""
         moments = zip(self.blocks, self.kept, self.totals, strict=True)

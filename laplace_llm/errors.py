@@ -43,3 +43,7 @@ class OptionError(LaplaceLLMError, ValueError):
 
 class StateError(LaplaceLLMError, ValueError):
     """A saved state does not belong to this model, adapter or posterior."""
+
+
+class ShardError(LaplaceLLMError, RuntimeError):
+    """Another of the processes that share the data has failed."""

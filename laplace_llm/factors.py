@@ -108,6 +108,12 @@ class LoraKron:
         """Yield the tensors that every input factor is kept with."""
         return (index for index, source in enumerate(self.sources) if index == source)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over parts of the data, of every factor once; to be written to."""
+        moments = [pair.outputs for pair in self.pairs]
+        moments += [self.pairs[index].inputs for index in self.own_inputs()]
+        return [tensor for moment in moments for tensor in moment.tensors()]
+
     def merge(self, other: LoraKron) -> None:
         """Add the factors and counts of another run over the same tensors, in place."""
         self.share_inputs(other.sources)

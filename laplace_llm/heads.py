@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from laplace_llm.errors import DataError, OutputError
+from laplace_llm.errors import AdapterError, DataError, OutputError, UnsupportedLayerError
+
+# By name, as the second is not in every torch; it is a base of what `fully_shard` changes.
+_FSDP = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 class Head(nn.Module):
@@ -163,6 +167,36 @@ def as_classifier(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(unwrap(model), PreTrainedModel):
         return SequenceClassificationHead(model)
+    return model
+
+
+def undistributed(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, or the model itself.
+
+    The wrapper exchanges buffers in every forward pass, also in eval mode, and would wait for
+    processes that have fewer batches.
+
+    Raises
+    ------
+    AdapterError
+        If such a wrapper is deeper inside.
+    UnsupportedLayerError
+        If FSDP keeps a part of the weights on other processes.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return undistributed(model.module)
+    for name, module in model.named_modules():
+        if not _FSDP.isdisjoint(base.__name__ for base in type(module).__mro__):
+            raise UnsupportedLayerError(
+                f"Expected all weights on this process, but {name or 'the model'!r} is wrapped by "
+                "FSDP, which keeps a part of them on each. Gather them first: load the adapter "
+                "into an unwrapped model (or use DistributedDataParallel)."
+            )
+        if isinstance(module, DistributedDataParallel):
+            raise AdapterError(
+                f"Expected DistributedDataParallel around the whole model, but it is around "
+                f"{name!r}. Build the head over its .module."
+            )
     return model
 
 

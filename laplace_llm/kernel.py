@@ -13,9 +13,10 @@ from torch.func import functional_call
 from laplace_llm import taps
 from laplace_llm.adapters import find_lora_tensors
 from laplace_llm.contrasts import choice_contrasts
-from laplace_llm.data import check_labels, check_outputs, labelled
+from laplace_llm.data import check_any, check_labels, check_outputs, labelled
 from laplace_llm.function_space import FunctionSpace
 from laplace_llm.session import borrowed
+from laplace_llm.shards import Shard, as_shard
 from laplace_llm.sketch import test_matrix
 from laplace_llm.taps import Batch, Taps
 
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
 # that a feature vector takes L * width * r numbers however wide the model is.
 FEATURE_WIDTH = 64
 # Newton's method is cubic in the number of outputs N (C - 1); beyond this many, the first
-# examples of the loader stand for all.
+# examples of the loader (of each of W shards, the first for a W-th of them) stand for all.
 MAX_OUTPUTS = 3000
+
+# Of a batch: outputs (B, K) with and without the adapter, labels, features (B, K, F) and which
+# choices (B, C) there are.
+Piece = tuple[Tensor, ...]
 
 
 def training_space(
@@ -35,7 +40,9 @@ def training_space(
 ) -> FunctionSpace:
     """Return the function space of the training examples, from one pass over them.
 
-    Costs one forward pass without the adapter, one with it and C - 1 backward passes a batch.
+    Costs one forward pass without the adapter, one with it and C - 1 backward passes a batch. Of
+    a shard (`laplace_llm.Shard`), all processes return the space of all examples.
+
     The kernel is exact where ``lora_B`` has no more than 64 outputs; beyond, each tensor's
     features are projected by a fixed Gaussian matrix (Johnson and Lindenstrauss), which leaves
     the kernel unbiased, with an error of about ``sqrt(k_ii k_jj / (64 L))`` for L tensors.
@@ -54,42 +61,66 @@ def training_space(
     DataError
         As in `fit`.
     """
+    return joint_space(la, [train_loader], progress_bar)
+
+
+def joint_space(
+    la: LoraPosterior, train_loaders: Iterable[Iterable[Any]], progress_bar: bool = False
+) -> FunctionSpace:
+    """Return the `training_space` of the examples of several loaders together."""
+    pieces: list[Piece] = []
+    classes: int | None = None
+    for loader in train_loaders:
+        shard, left = as_shard(loader), MAX_OUTPUTS - sum(p[0].numel() for p in pieces)
+        if left <= 0:
+            break
+        with shard.in_step():
+            own = _pieces(la, shard, left / shard.size, progress_bar)
+        found = list(shard.gather(own, la._device))
+        check_any(found)
+        for piece in found:
+            classes = check_outputs(piece[-1].shape[1], classes)
+        pieces += found
+    trained, initial, labels, features, present = (
+        torch.cat(parts) for parts in zip(*pieces, strict=True)
+    )
+    return FunctionSpace(
+        trained,
+        initial,
+        labels,
+        _gram(features.flatten(0, 1)),
+        float(la._H_factor),
+        None if bool(present.all()) else present,
+    )
+
+
+def _pieces(la: LoraPosterior, shard: Shard, limit: float, progress_bar: bool) -> list[Piece]:
+    """Return what `FunctionSpace` is made of, for batches with `limit` outputs or a few more."""
     tensors = find_lora_tensors(la.model, la.adapter, "B", choice_rows=True)
     regression = la.likelihood == "regression"
     la.check_adapter()
     others = find_lora_tensors(la.model, la.adapter)
     off = {tensor.name: tensor.without() for tensor in others if tensor.role != "A"}
-    labels, features, present = [], [], []
-    trained, initial = list[Tensor](), list[Tensor]()
+    pieces: list[Piece] = []
     count, classes = 0, None
     with borrowed(la.model, [tensor.weight for tensor in tensors]):
-        batches = labelled(
-            train_loader, la.dict_key_y, la._device, "[Training kernel]", progress_bar
-        )
+        batches = labelled(shard, la.dict_key_y, la._device, "[Training kernel]", progress_bar)
         for index, (x, y) in enumerate(batches):
             run = taps.forward(la.model, tensors, x)
             logits = run.logits.detach().double()
-            labels.append(check_labels(y, logits, regression, index))
+            labels = check_labels(y, logits, regression, index)
             classes = check_outputs(logits.shape[1], classes, index)
             here = logits.isfinite()
             basis = torch.eye(classes).to(logits) if regression else choice_contrasts(here, logits)
             untrained = _without_adapter(la.model, off, x).double()
-            for outputs, parts in ((logits, trained), (untrained, initial)):
-                parts.append((outputs.where(here, 0)[:, None] @ basis)[:, 0])
-            features.append(_features(run, basis, la._dtype))
-            present.append(here)
+            trained, initial = (
+                (outputs.where(here, 0)[:, None] @ basis)[:, 0] for outputs in (logits, untrained)
+            )
+            pieces.append((trained, initial, labels, _features(run, basis, la._dtype), here))
             count += basis.shape[-1] * len(logits)
-            if count >= MAX_OUTPUTS:
+            if count >= limit:
                 break
-    everywhere = all(bool(here.all()) for here in present)
-    return FunctionSpace(
-        torch.cat(trained),
-        torch.cat(initial),
-        torch.cat(labels),
-        _gram(torch.cat(features).flatten(0, 1)),
-        float(la._H_factor),
-        None if everywhere else torch.cat(present),
-    )
+    return pieces
 
 
 def _without_adapter(model: torch.nn.Module, off: dict[str, Tensor], x: Batch) -> Tensor:

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 from laplace_llm._compat import ParametricLaplace
 from laplace_llm.adapters import active_adapters
 from laplace_llm.curvature import BatchSummary, StreamingInterface
-from laplace_llm.data import check_labels, check_outputs, labelled, numbered
+from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
 from laplace_llm.errors import LaplaceLLMError, StateError
 from laplace_llm.session import hosting_parent_backend
+from laplace_llm.shards import Shard, as_shard
 from laplace_llm.taps import Batch, check_logits
 from laplace_llm.tuning import LoraTuned
 
@@ -22,21 +23,22 @@ from laplace_llm.tuning import LoraTuned
 SAMPLE_SIZE = 32
 
 
-class Seen(NamedTuple):
-    """What a pass over a loader saw, besides the curvature.
+class Sums(NamedTuple):
+    """What one pass over the data adds up to.
 
     Attributes
     ----------
+    state : Any
+        The structure's running sums.
     loss : Tensor
-        Negative log likelihood summed over the data.
-    n_data : int
-        Number of examples.
-    n_outputs : int
-        C.
+        A scalar.
+    n_data, n_outputs : int
+        N and C (0 if there were no data).
     sample : list[Batch]
-        The inputs of the first batches.
+        Inputs of the first batches on this process.
     """
 
+    state: Any
     loss: Tensor
     n_data: int
     n_outputs: int
@@ -57,6 +59,14 @@ class LoraLaplace(LoraTuned):
     ) -> None:
         """Fit the posterior at the model's present weights, in one pass over the data.
 
+        Several processes fit together where each calls this with its shard of the data: a
+        DataLoader with a `DistributedSampler`, one that ``accelerator.prepare`` returned, or
+        any loader wrapped in `laplace_llm.Shard`. Their sums are added up, without the examples
+        that are repeated to make the shards equally long, and all end with the posterior of a
+        single process, to rounding. Any other loader is the whole data of the process that
+        calls, and nothing is exchanged. Where a backend draws labels (``stochastic=True``), each
+        process draws by its own random state.
+
         Parameters
         ----------
         train_loader : Iterable
@@ -76,41 +86,69 @@ class LoraLaplace(LoraTuned):
         OutputError
             If the model does not return (B, C) logits that are finite, or -inf for choices that a
             row does not have. As with every error, an earlier posterior stays as it was.
+        ShardError
+            If another of the processes fails, which itself raises what went wrong.
         """
+        shard = as_shard(train_loader)
         merge = not override and self.H is not None
         earlier = self._train_loaders if merge else []
         with self._borrowed(as_fitted=merge):
-            state = self._empty_curvature()
-            seen = self._stream(
-                train_loader, state, self._fit_batch, "[Computing Hessian]", progress_bar,
+            sums = self._sums_over(
+                shard, self._empty_curvature, self._fit_batch, "[Computing Hessian]", progress_bar,
                 self.n_outputs if merge else None,
             )  # fmt: skip
             loaders = [*(earlier or []), train_loader]
-            self._set_curvature(self._completed(state, merge, loaders, progress_bar), merge)
+            self._set_curvature(self._completed(sums.state, merge, loaders, progress_bar), merge)
             self.mean = self._values()
-            self.loss = self.loss + seen.loss if merge else seen.loss
-        self.n_data = self.n_data + seen.n_data if merge else seen.n_data
-        self.n_outputs = seen.n_outputs
+            self.loss = self.loss + sums.loss if merge else sums.loss
+        self.n_data = self.n_data + sums.n_data if merge else sums.n_data
+        self.n_outputs = sums.n_outputs
         self._fitted_under = active_adapters(self.model)
-        self._train_sample = seen.sample
+        self._train_sample = sums.sample
         # An iterator is used up now; and some of the data must not pass for all of them.
-        gone = earlier is None or isinstance(train_loader, Iterator)
+        gone = earlier is None or isinstance(shard.loader, Iterator)
         self._train_loaders = None if gone else loaders
 
-    def _stream(
+    def _sums_over(
         self,
-        loader: Iterable[Any],
+        shard: Shard,
+        empty: Callable[[], Any],
+        accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
+        description: str,
+        progress_bar: bool,
+        n_outputs: int | None = None,
+    ) -> Sums:
+        """Return the running sums over the data of all processes, from a pass over a shard.
+
+        `empty` makes running sums that have seen no data, `accumulate` adds a batch to them, and
+        `n_outputs` is C, where it is known.
+        """
+        with shard.in_step():
+            own = self._own_sums(shard, empty(), accumulate, description, progress_bar, n_outputs)
+        if shard.size == 1:
+            return own
+        found = shard.exchange((own.n_data, own.n_outputs, float(own.loss)))
+        for seen, outputs, _ in found:
+            n_outputs = check_outputs(outputs, n_outputs) if seen else n_outputs
+        n_data, loss = sum(n for n, _, _ in found), sum(value for _, _, value in found)
+        check_any(n_data)
+        state = self._over_all(own.state, shard)
+        return Sums(state, own.loss.new_tensor(loss), n_data, n_outputs or 0, own.sample)
+
+    def _own_sums(
+        self,
+        shard: Shard,
         state: Any,
         accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
         description: str,
         progress_bar: bool,
         n_outputs: int | None = None,
-    ) -> Seen:
-        """Add every batch of a loader to running sums in place, and say what came by."""
+    ) -> Sums:
+        """Return the running sums over this process's data alone."""
         sample: list[Batch] = []
         n_data = 0
         loss = torch.zeros((), dtype=self._dtype, device=self._device)
-        batches = labelled(loader, self.dict_key_y, self._device, description, progress_bar)
+        batches = labelled(shard, self.dict_key_y, self._device, description, progress_bar)
         for index, (x, y) in enumerate(batches):
             try:
                 summary = accumulate(state, x, y)
@@ -121,8 +159,7 @@ class LoraLaplace(LoraTuned):
             if n_data < SAMPLE_SIZE:
                 sample.append(x)
             n_data += len(y)
-        assert n_outputs is not None  # an empty loader is an error
-        return Seen(loss, n_data, n_outputs, sample)
+        return Sums(state, loss, n_data, n_outputs or 0, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):

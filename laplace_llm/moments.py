@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from laplace_llm.contrasts import choice_contrasts
 from laplace_llm.curvature import StreamingInterface
+from laplace_llm.data import slices
 from laplace_llm.taps import Batch
 
 # What the Jacobians of one slice of a batch may take, as a part of the model's own size ...
@@ -90,31 +91,3 @@ def _slice_rows(backend: StreamingInterface, n_outputs: int) -> int:
     model = sum(p.numel() * p.element_size() for p in backend.model.parameters())
     budget = max(JACOBIAN_BYTES, int(JACOBIAN_SHARE * model))
     return max(budget // (weights * n_outputs * backend.dtype.itemsize), 1)
-
-
-def slices(batch: Batch, rows: int) -> Iterator[Batch]:
-    """Cut a batch into parts of at most `rows` examples; mappings stay mappings."""
-    size = batch_size(batch)
-    if size <= rows:
-        yield batch
-        return
-    for start in range(0, size, rows):
-        if isinstance(batch, Tensor):
-            yield batch[start : start + rows]
-        else:
-            yield {
-                key: value[start : start + rows] if _is_batched(value, size) else value
-                for key, value in batch.items()
-            }
-
-
-def batch_size(batch: Batch) -> int:
-    """Return the length of the first dimension that the batch's tensors share."""
-    if isinstance(batch, MutableMapping):
-        key = "input_ids" if "input_ids" in batch else next(iter(batch))
-        return len(batch[key])
-    return len(batch)
-
-
-def _is_batched(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size

@@ -22,8 +22,9 @@ from laplace_llm.adapters import (
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.errors import AdapterError, NotFittedError, OptionError, PriorError
-from laplace_llm.heads import as_classifier
+from laplace_llm.heads import as_classifier, undistributed
 from laplace_llm.session import borrowed
+from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 from laplace_llm.tensors import LoraTensor
 
@@ -46,7 +47,7 @@ class LoraPosterior(ParametricLaplace):
     model : torch.nn.Module
         Maps one batch to (B, C) logits: one of this package's heads, a PeftModel around a
         Hugging Face classifier (whose ``.logits`` are taken), or any module of yours with PEFT
-        LoRA layers inside.
+        LoRA layers inside. Of DistributedDataParallel, the module inside is used.
     likelihood : {'classification', 'regression', 'reward_modeling'}, default='classification'
         As in the parent.
     sigma_noise, prior_precision, prior_mean, temperature, enable_backprop
@@ -98,6 +99,7 @@ class LoraPosterior(ParametricLaplace):
         include_modules_to_save: bool = False,
         **structure_kwargs: Any,
     ) -> None:
+        model = undistributed(model)
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
         backend = StreamingGGN if backend is None else backend
@@ -226,6 +228,14 @@ class LoraPosterior(ParametricLaplace):
     @abstractmethod
     def _accumulate_parent(self, state: Any, x: Batch, y: Tensor) -> Tensor:
         """Add a batch with one of the parent's backends; return its loss."""
+
+    def _over_all(self, state: Any, shard: Shard) -> Any:
+        """Return the running sums over the data of all processes; `state` may be written to.
+
+        For running sums that are one tensor.
+        """
+        shard.sum([state])
+        return state
 
     @abstractmethod
     def _set_curvature(self, state: Any, merge: bool) -> None:

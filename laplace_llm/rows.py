@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,11 +174,15 @@ class LowRankGGN:
 
     def merge(self, other: LowRankGGN) -> None:
         """Add another GGN over the same tensors."""
-        for part in other.store.parts():
+        self.extend(other.store.parts(), other.trace, other.lost_trace)
+
+    def extend(self, parts: Iterable[Tensor], trace: Tensor, lost_trace: Tensor) -> None:
+        """Add the rows (n, P) that are left of another GGN, a few at a time, and its traces."""
+        for part in parts:
             self._append(part)
         self.truncate()
-        self.trace += other.trace.to(self.trace)
-        self.lost_trace += other.lost_trace.to(self.trace)
+        self.trace += trace.to(self.trace)
+        self.lost_trace += lost_trace.to(self.trace)
 
     def gram(self) -> Tensor:
         """Return ``R R^T`` (m, m) in float64."""
@@ -216,8 +220,5 @@ class LowRankGGN:
             )
         store = self.store
         new = LowRankGGN(self.sizes, self.max_rank, store.dtype, store.device, store.factors_on)
-        new._append(rows)
-        new.truncate()
-        new.trace += state["trace"].to(new.trace)
-        new.lost_trace += state["lost_trace"].to(new.trace)
+        new.extend([rows], state["trace"], state["lost_trace"])
         return new

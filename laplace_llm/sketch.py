@@ -69,6 +69,10 @@ class DenseMoment:
         assert isinstance(other, DenseMoment)
         self.matrix += other.matrix
 
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over parts of the data; to be written to."""
+        return [self.matrix]
+
     @property
     def trace(self) -> Tensor:
         """Trace of the matrix, exact."""
@@ -130,6 +134,10 @@ class SketchedMoment:
         assert isinstance(other, SketchedMoment)
         self._writable().add_(other.sketch)
         self._trace += other._trace
+
+    def tensors(self) -> list[Tensor]:
+        """Return what adds up over parts of the data; to be written to."""
+        return [self._writable(), self._trace]
 
     def _writable(self) -> Tensor:
         self._sketch, self._spectrum = self.sketch, None

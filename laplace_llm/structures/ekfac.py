@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from laplace_llm.curvature import check_streaming
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import DataError
 from laplace_llm.factors import LoraKron
+from laplace_llm.shards import Shard, as_shard
 from laplace_llm.structures.kron import KronLoraLaplace
 
 
@@ -104,7 +105,7 @@ class EkfacLoraLaplace(KronLoraLaplace):
         OutputError
             As in `LoraLaplace`. As with every error, an earlier posterior stays as it was.
         """
-        if isinstance(train_loader, Iterator):
+        if isinstance(as_shard(train_loader).loader, Iterator):
             raise DataError(
                 "Expected a loader that can be passed over twice, but got an iterator "
                 f"({type(train_loader).__name__}), which is used up by then. Give a DataLoader or "
@@ -126,20 +127,30 @@ class EkfacLoraLaplace(KronLoraLaplace):
     ) -> Corrected:
         if merge and self.H_facs is not None:
             state.merge(self.H_facs)
-        moments = EigenbasisMoments(state.decompose().blocks)
-        seen = self._stream(
-            chain.from_iterable(loaders),
-            moments,
-            self._streaming.accumulate_eigenvalues,
-            "[Correcting eigenvalues]",
-            progress_bar,
-        )
-        if seen.n_data != state.n_data:
+        blocks, n_data = state.decompose().blocks, 0
+        moments = EigenbasisMoments(blocks)
+        for loader in loaders:
+            sums = self._sums_over(
+                as_shard(loader),
+                partial(EigenbasisMoments, blocks),
+                self._streaming.accumulate_eigenvalues,
+                "[Correcting eigenvalues]",
+                progress_bar,
+            )
+            moments.merge(sums.state)
+            n_data += sums.n_data
+        if n_data != state.n_data:
             raise DataError(
                 f"Expected the same {state.n_data} examples in both passes over the data, but the "
-                f"second one had {seen.n_data}. Give loaders that can be passed over again."
+                f"second one had {n_data}. Give loaders that can be passed over again."
             )
         return Corrected(state, moments)
+
+    def _over_all(self, state: Any, shard: Shard) -> Any:
+        if isinstance(state, LoraKron):
+            return super()._over_all(state, shard)
+        shard.sum(state.tensors())
+        return state
 
     def _set_curvature(self, state: Any, merge: bool) -> None:
         self.H = state.moments.decompose()

@@ -14,6 +14,7 @@ from laplace_llm.curvature import BatchSummary
 from laplace_llm.factors import LoraKron
 from laplace_llm.kronecker import LoraKronDecomposed
 from laplace_llm.laplace import LoraLaplace
+from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 
 
@@ -84,6 +85,15 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
             pair.inputs.matrix += inputs.to(pair.inputs.matrix)  # type: ignore[union-attr]
         state.n_data += len(y)
         return loss
+
+    def _over_all(self, state: LoraKron, shard: Shard) -> LoraKron:
+        found = shard.exchange((state.n_data, state.sources))
+        sources = [sources for n_data, sources in found if n_data]
+        shared = all(other == sources[0] for other in sources)
+        state.share_inputs(sources[0] if shared else list(range(len(state))))
+        shard.sum(state.tensors())
+        state.n_data = sum(n_data for n_data, _ in found)
+        return state
 
     def _set_curvature(self, state: LoraKron, merge: bool) -> None:
         if merge and self.H_facs is not None:

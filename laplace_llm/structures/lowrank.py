@@ -15,6 +15,7 @@ from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
 from laplace_llm.lowrank import LowRankPrecision
 from laplace_llm.rows import LowRankGGN
+from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 
 
@@ -90,6 +91,14 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
 
     def _accumulate_parent(self, state: LowRankGGN, x: Batch, y: Tensor) -> Tensor:
         raise AssertionError("the constructor takes streaming backends only")
+
+    def _over_all(self, state: LowRankGGN, shard: Shard) -> LowRankGGN:
+        shard.sum([state.trace, state.lost_trace])
+        total = self._empty_curvature()
+        own = [(part,) for part in state.store.parts()]
+        parts = (part for (part,) in shard.gather(own, self._device))
+        total.extend(parts, state.trace, state.lost_trace)
+        return total
 
     def _set_curvature(self, state: LowRankGGN, merge: bool) -> None:
         if merge and self.H is not None:

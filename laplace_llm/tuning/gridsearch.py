@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_llm._compat import validate
-from laplace_llm.data import check_labels, check_outputs, labelled, numbered
+from laplace_llm._compat import computed_here, validate
+from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
 from laplace_llm.errors import DataError, OptionError, PriorError
 from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.moments import Moments
+from laplace_llm.shards import Shard, as_shard
 from laplace_llm.taps import Batch, check_logits
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ def gridsearch(
 
     For the GLM predictive, one pass over the data gives the latent moments under all values of
     the grid. Losses mean what they mean in the parent (`laplace.utils.utils.validate`), except
-    that a torchmetrics metric is reset before every value.
+    that a torchmetrics metric is reset before every value, and computed in this process alone.
+
+    Of a shard (`laplace_llm.Shard`), the moments and labels of all processes are gathered, and all
+    of them take the value that the first one finds.
 
     Parameters
     ----------
@@ -46,7 +50,7 @@ def gridsearch(
     interval : Tensor
         (G,) prior precisions.
     val_loader : Iterable
-        Labelled batches.
+        Labelled batches; a shard only for ``pred_type='glm'``.
     pred_type, link_approx, n_samples, progress_bar
         As in the parent.
 
@@ -61,14 +65,22 @@ def gridsearch(
         raise OptionError(f"Expected loss to be a metric or a function, but got {loss!r}.")
     if not len(interval):
         raise OptionError("Expected grid_size >= 1, but the grid is empty.")
+    shard = as_shard(val_loader)
     if pred_type == "glm":
         centred = link_approx in OF_DIFFERENCES and la._predicts_classes(fitting=True)
-        batches = _moments(la, interval, val_loader, centred, progress_bar)
+        batches = _moments(la, interval, shard, centred, progress_bar)
 
         def at(index: int) -> list[tuple[Moments, Tensor]]:
             return [(moments.at(index), y) for moments, y in batches]
 
-        return _best(la, loss, interval, at, pred_type, link_approx, n_samples, False)
+        return shard.agreed(
+            lambda: _best(la, loss, interval, at, pred_type, link_approx, n_samples, False)
+        )
+    if shard.size > 1:
+        raise OptionError(
+            f"Expected pred_type='glm' for validation data that {shard.size} processes share, but "
+            f"got {pred_type!r}. Give each process the whole validation data."
+        )
     _check_labels(la, val_loader)
 
     def again(_: int) -> Iterator[Any]:
@@ -98,7 +110,7 @@ def _best(
             if hasattr(loss, "reset"):
                 loss.reset()
             # The same random numbers for every value, so that their order is not left to chance.
-            with la._borrowed(), torch.random.fork_rng(devices):
+            with la._borrowed(), torch.random.fork_rng(devices), computed_here(loss):
                 result = validate(
                     la,
                     data(index),
@@ -122,16 +134,20 @@ def _best(
 
 
 def _moments(
-    la: LoraPredictive, interval: Tensor, loader: Any, centred: bool, progress_bar: bool
+    la: LoraPredictive, interval: Tensor, shard: Shard, centred: bool, progress_bar: bool
 ) -> list[tuple[Moments, Tensor]]:
-    """Return the moments (G, B, C, C) and labels of every batch."""
-    results, n_outputs = [], None
-    for index, (x, y) in enumerate(_labelled(la, loader, progress_bar)):
-        moments = la.moments_grid(x, interval, centred=centred)
-        n_outputs = check_outputs(moments.mean.shape[1], n_outputs, index)
-        regression = la.likelihood == "regression"
-        results.append((moments, check_labels(y, moments.mean, regression, index)))
-    return results
+    """Return the moments (G, B, C, C) and labels of every batch of all processes."""
+    results, regression, n_outputs = [], la.likelihood == "regression", None
+    with shard.in_step():
+        for index, (x, y) in enumerate(_labelled(la, shard, progress_bar)):
+            moments = la.moments_grid(x, interval, centred=centred)
+            n_outputs = check_outputs(moments.mean.shape[1], n_outputs, index)
+            results.append((*moments, check_labels(y, moments.mean, regression, index)))
+    found = [(Moments(*parts), labels) for *parts, labels in shard.gather(results, la._device)]
+    check_any(found)
+    for moments, _ in found:
+        n_outputs = check_outputs(moments.mean.shape[1], n_outputs)
+    return found
 
 
 def _check_labels(la: LoraPredictive, loader: Any) -> None:

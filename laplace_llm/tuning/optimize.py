@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from laplace_llm._compat import default_loss, parent_marglik
 from laplace_llm.errors import DataError, OptionError
-from laplace_llm.function_space import FunctionSpace
-from laplace_llm.kernel import training_space
+from laplace_llm.kernel import joint_space
 from laplace_llm.prediction import LoraPredictive
+from laplace_llm.shards import shared_by
 from laplace_llm.taps import Batch
 from laplace_llm.tuning.evidence import linear_mode_evidence, warn_if_unsure
 from laplace_llm.tuning.gridsearch import gridsearch
@@ -57,6 +56,9 @@ class LoraTuned(LoraPredictive):
         Unlike in the parent, the default method is not the marginal likelihood, which makes
         models that have learnt something far too uncertain: it is ``'gridsearch'`` where there is
         a `val_loader`, and ``'loo'`` where there is none.
+
+        Where several processes share the data (see `fit`), all call this with their shards, and
+        all end with the value that the first one finds on the data of all.
 
         Parameters
         ----------
@@ -134,13 +136,16 @@ class LoraTuned(LoraPredictive):
                     n_steps, lr, progress_bar,
                 )  # fmt: skip
             elif method == "loo":
-                self.prior_precision = leave_one_out(
-                    self, self._training_space(train_loader, progress_bar), interval,
-                    link_approx, n_samples,
-                )  # fmt: skip
+                loaders = self._training_loaders(train_loader)
+                space = joint_space(self, loaders, progress_bar)
+                self.prior_precision = shared_by(loaders).agreed(
+                    lambda: leave_one_out(self, space, interval, link_approx, n_samples)
+                )
             elif method == "marglik" and evidence == "linear_mode":
-                self.prior_precision = linear_mode_evidence(
-                    self._training_space(train_loader, progress_bar), interval
+                loaders = self._training_loaders(train_loader)
+                space = joint_space(self, loaders, progress_bar)
+                self.prior_precision = shared_by(loaders).agreed(
+                    lambda: linear_mode_evidence(space, interval)
                 )
             elif method == "marglik" and evidence == "trained":
                 parent_marglik(
@@ -159,15 +164,15 @@ class LoraTuned(LoraPredictive):
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
-    def _training_space(self, loader: Iterable[Any] | None, progress_bar: bool) -> FunctionSpace:
-        if loader is None:
-            if self._train_loaders is None:
-                raise DataError(
-                    "Expected the training data in train_loader=..., as fit() was given an "
-                    "iterator or the posterior was loaded. Or use method='gridsearch'."
-                )
-            loader = chain.from_iterable(self._train_loaders)
-        return training_space(self, loader, progress_bar)
+    def _training_loaders(self, loader: Iterable[Any] | None) -> list[Iterable[Any]]:
+        if loader is not None:
+            return [loader]
+        if self._train_loaders is None:
+            raise DataError(
+                "Expected the training data in train_loader=..., as fit() was given an "
+                "iterator or the posterior was loaded. Or use method='gridsearch'."
+            )
+        return self._train_loaders
 
     def _warn_if_unsure(self) -> None:
         sample = getattr(self, "_train_sample", [])

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laplace_llm.data import check_labels, check_outputs, labelled
+from laplace_llm.data import check_any, check_labels, check_outputs, labelled
 from laplace_llm.errors import OptionError, PriorError
 from laplace_llm.links import CLOSED_FORMS
 from laplace_llm.moments import Moments
+from laplace_llm.shards import Shard, as_shard
 
 if TYPE_CHECKING:
     from laplace_llm.prediction import LoraPredictive
@@ -86,7 +87,8 @@ def val_grad(
     la : LoraPredictive
         A fitted posterior; its prior precision is left as it was.
     val_loader : Iterable
-        Labelled batches.
+        Labelled batches. Of a shard (`laplace_llm.Shard`), those of all processes are used, and
+        all of them return the same.
     bounds : tuple[float, float]
         Smallest and largest prior precision.
     layerwise : bool
@@ -125,14 +127,15 @@ def val_grad(
     low, high = (math.log10(bound) for bound in bounds)
     grid = torch.logspace(low, high, max(math.ceil(NODES_PER_DECADE * (high - low)), 4) + 1)
     centred = link_approx != "probit" and not regression
-    moments, labels = _pass(la, val_loader, grid, layerwise, centred, progress_bar)
+    shard = as_shard(val_loader)
+    moments, labels = _pass(la, shard, grid, layerwise, centred, progress_bar)
 
     def objective(covariance: Tensor) -> Tensor:
         if regression:
             return (loss or partial(_gaussian_nll, la))(moments.mean, covariance, labels)  # type: ignore[call-arg]
         return (loss or _nll)(link(moments.mean, covariance), labels)
 
-    return descend(grid, moments.covariance, objective, n_steps, lr)
+    return shard.agreed(lambda: descend(grid, moments.covariance, objective, n_steps, lr))
 
 
 def descend(
@@ -209,21 +212,26 @@ def _gaussian_nll(la: LoraPredictive, mean: Tensor, covariance: Tensor, targets:
 
 def _pass(
     la: LoraPredictive,
-    loader: Iterable[Any],
+    shard: Shard,
     grid: Tensor,
     layerwise: bool,
     centred: bool,
     progress_bar: bool,
 ) -> tuple[Moments, Tensor]:
-    """Return the mean (N, C), covariances (G, L, N, C, C) and labels of the whole loader."""
-    means, covariances, labels, n_outputs = [], [], [], None
+    """Return the mean (N, C), covariances (G, L, N, C, C) and labels of all processes' data."""
+    results, regression, n_outputs = [], la.likelihood == "regression", None
     batches = labelled(
-        loader, la.dict_key_y, la._device, "[Validation gradient: one pass]", progress_bar
+        shard, la.dict_key_y, la._device, "[Validation gradient: one pass]", progress_bar
     )
-    for index, (x, y) in enumerate(batches):
-        moments = la.moments_grid(x, grid, layerwise, centred)
-        n_outputs = check_outputs(moments.mean.shape[1], n_outputs, index)
-        labels.append(check_labels(y, moments.mean, la.likelihood == "regression", index))
-        means.append(moments.mean)
-        covariances.append(moments.covariance if layerwise else moments.covariance[:, None])
-    return Moments(torch.cat(means), torch.cat(covariances, -3)), torch.cat(labels)
+    with shard.in_step():
+        for index, (x, y) in enumerate(batches):
+            mean, covariance = la.moments_grid(x, grid, layerwise, centred)
+            n_outputs = check_outputs(mean.shape[1], n_outputs, index)
+            labels = check_labels(y, mean, regression, index)
+            results.append((mean, covariance if layerwise else covariance[:, None], labels))
+    found = list(shard.gather(results, la._device))
+    check_any(found)
+    for mean, *_ in found:
+        n_outputs = check_outputs(mean.shape[1], n_outputs)
+    means, covariances, all_labels = zip(*found, strict=True)
+    return Moments(torch.cat(means), torch.cat(covariances, -3)), torch.cat(all_labels)
