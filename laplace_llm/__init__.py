@@ -21,6 +21,7 @@ from laplace_llm.structures import (
     DiagLoraLaplace,
     EkfacLoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLaplace,
     KronLoraLaplace,
     Laplace,
     LowRankLoraLaplace,
@@ -37,6 +38,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "LowRankLoraLaplace",
     "DiagLoraLaplace",
     "FullLoraLaplace",
+    "FunctionalLoraLaplace",
     "shared_moments_grid",
     # curvature backends
     "StreamingGGN",

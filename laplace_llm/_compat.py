@@ -20,7 +20,7 @@ from laplace.laplace import Laplace as parent_factory
 from laplace.utils.matrix import Kron
 from laplace.utils.metrics import RunningNLLMetric
 from laplace.utils.subnetmask import SubnetMask
-from laplace.utils.utils import validate
+from laplace.utils.utils import SoDSampler, validate
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric
 
@@ -35,6 +35,7 @@ __all__ = [
     "Kron",
     "KronLaplace",
     "ParametricLaplace",
+    "SoDSampler",
     "SubnetMask",
     "computed_here",
     "default_loss",

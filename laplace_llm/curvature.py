@@ -17,6 +17,7 @@ from laplace_llm.data import check_labels
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
+from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
@@ -198,10 +199,24 @@ class StreamingInterface(CurvatureInterface):
     def accumulate_rows(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch's rows, whose second moment is its curvature, in place."""
         run, columns, summary = self._forward(x, y)
-        for rows in self._rows(run, columns):
-            self._check_finite(rows.square().sum(0))
+        for rows in self._finite_rows(run, columns):
             state.add(rows)
         return summary
+
+    def accumulate_outputs(self, state: OutputRows, x: Batch, y: Tensor) -> BatchSummary:
+        """Add the Jacobian rows of a batch's outputs in place, with the curvature of each."""
+        run, seeds, summary = self._forward(x, y)
+        residuals = torch.zeros_like(run.logits)
+        if self.likelihood == "regression":
+            residuals = y - run.logits.detach()
+        jacobian = self._finite_rows(run, torch.eye(summary.n_outputs).to(run.logits))
+        state.add_outputs(jacobian, seeds.square().sum(-1), residuals)
+        return summary
+
+    def _finite_rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
+        for rows in self._rows(run, seeds):
+            self._check_finite(rows.square().sum(0))
+            yield rows
 
     def _check_finite(self, values: Tensor) -> None:
         """Raise an error that names the first tensor with non-finite curvature.

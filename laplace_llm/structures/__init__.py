@@ -11,6 +11,7 @@ from laplace_llm.errors import OptionError
 from laplace_llm.structures.diag import DiagLoraLaplace
 from laplace_llm.structures.ekfac import EkfacLoraLaplace
 from laplace_llm.structures.full import FullLoraLaplace
+from laplace_llm.structures.gp import FunctionalLoraLaplace
 from laplace_llm.structures.kron import KronLoraLaplace
 from laplace_llm.structures.lowrank import LowRankLoraLaplace
 
@@ -20,6 +21,7 @@ STRUCTURES = (
     LowRankLoraLaplace,
     DiagLoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLaplace,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "DiagLoraLaplace",
     "EkfacLoraLaplace",
     "FullLoraLaplace",
+    "FunctionalLoraLaplace",
     "KronLoraLaplace",
     "Laplace",
     "LowRankLoraLaplace",
@@ -49,7 +52,7 @@ def Laplace(
         See `LoraLaplace`.
     likelihood : str, default='classification'
     subset_of_weights : str, default='lora'
-    hessian_structure : {'kron', 'ekfac', 'lowrank', 'diag', 'full'}, default='kron'
+    hessian_structure : {'kron', 'ekfac', 'lowrank', 'diag', 'full', 'gp'}, default='kron'
         For ``subset_of_weights='lora'``; all of the parent's otherwise.
     *args, **kwargs
         See `LoraLaplace`, `KronLoraLaplace` or the parent's classes.
