@@ -20,11 +20,13 @@ from laplace_llm.shared import shared_moments_grid
 from laplace_llm.structures import (
     DiagLoraLaplace,
     EkfacLoraLaplace,
+    ELLALoraLaplace,
     FullLoraLaplace,
     FunctionalLoraLaplace,
     KronLoraLaplace,
     Laplace,
     LowRankLoraLaplace,
+    VaLLALoraLaplace,
 )
 from laplace_llm.subnet import LoraSubnetMask
 
@@ -39,6 +41,8 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "DiagLoraLaplace",
     "FullLoraLaplace",
     "FunctionalLoraLaplace",
+    "ELLALoraLaplace",
+    "VaLLALoraLaplace",
     "shared_moments_grid",
     # curvature backends
     "StreamingGGN",

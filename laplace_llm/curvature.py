@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from laplace_llm import taps
 from laplace_llm._compat import CurvatureInterface, Kron
@@ -258,6 +259,11 @@ class StreamingInterface(CurvatureInterface):
         directions = torch.eye(run.logits.shape[1])
         if centred and run.logits.shape[1] > 1:
             directions = choice_contrasts(run.logits.isfinite(), run.logits.detach())
+        return self._blocks(run, directions, create_graph)
+
+    def _blocks(
+        self, run: Taps, directions: Tensor, create_graph: bool
+    ) -> tuple[list[Tensor], Tensor]:
         columns = run.sweep(directions.to(run.logits), self._outer(run), create_graph)
         blocks = [list(block) for block in zip(*columns, strict=True)]
         outputs = run.logits if create_graph else run.logits.detach()
@@ -273,6 +279,29 @@ class StreamingInterface(CurvatureInterface):
         with torch.enable_grad():
             blocks, outputs = self.jacobian_blocks(x, create_graph=enable_backprop)
         return self._subnetwork(torch.cat(blocks, -1)), outputs
+
+    def selected_output_jacobians(
+        self, x: Batch, outputs: Tensor, enable_backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return Jacobians (B, S, P) of S outputs of each example, and all outputs (B, C).
+
+        One forward and S backward passes.
+
+        Parameters
+        ----------
+        x : Batch
+            Model inputs.
+        outputs : Tensor
+            (B,) or (B, S), indices of outputs.
+        enable_backprop : bool, default=False
+            Whether the result is to be differentiated with respect to the inputs.
+        """
+        with torch.enable_grad():
+            run = taps.forward(self.model, self.tensors, x, enable_backprop)
+            chosen = outputs.to(run.logits.device).view(len(outputs), -1)
+            directions = F.one_hot(chosen, run.logits.shape[1]).mT
+            blocks, values = self._blocks(run, directions, enable_backprop)
+        return self._subnetwork(torch.cat(blocks, -1)), values
 
     def gradients(self, x: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss's per-example gradients (B, P) and the summed loss."""

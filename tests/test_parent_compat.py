@@ -60,6 +60,7 @@ OURS = {
     "lora lowrank": "laplace_llm.structures.lowrank.LowRankLoraLaplace",
     "lora diag": "laplace_llm.structures.diag.DiagLoraLaplace",
     "lora full": "laplace_llm.structures.full.FullLoraLaplace",
+    "lora gp": "laplace_llm.structures.gp.FunctionalLoraLaplace",
 }
 BUILT_IN = {
     "all full": "laplace.baselaplace.FullLaplace",
