@@ -219,6 +219,33 @@ def test_links_of_mappings(cls, options):
     assert la.functional_samples(x, n_samples=3).shape == (3, 5, 3)
 
 
+class Rewards(torch.nn.Module):
+    """Scores (B, 1) of inputs, or (B, 2) of pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = tiny_mlp(outputs=1)
+
+    def forward(self, x):
+        return self.score(x).squeeze(-1) if x.ndim == 3 else self.score(x)
+
+
+@SINCE_03
+@BOTH
+def test_reward_models_are_fitted_on_pairs(cls, options):
+    pairs = mlp_batch(2 * N)[0].view(N, 2, 4)
+    data = DataLoader(TensorDataset(pairs, mlp_batch(N, outputs=2)[1]), 4)
+    theirs = laplace.ELLA if cls is ELLALoraLaplace else laplace.VaLLA
+    la = cls(Rewards(), "reward_modeling", **options)
+    reference = theirs(Rewards(), "reward_modeling", backend=CurvlinopsGGN, **options)
+    for posterior in (la, reference):
+        posterior.fit(data, **few(options))
+    assert_same_moments(la, reference)
+    for ours, expected in zip(la(X_TEST), reference(X_TEST), strict=True):
+        torch.testing.assert_close(ours, expected, **EXACT)
+    assert la(X_TEST)[0].shape == (4, 1)
+
+
 @SINCE_03
 def test_slicing_a_batch_changes_nothing(monkeypatch):
     la = fitted(ELLALoraLaplace, ELLA)
