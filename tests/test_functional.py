@@ -13,12 +13,21 @@ from models import (
     letter_head,
     mlp_batch,
     snapshot,
+    tiny_bert_classifier,
+    tiny_llama,
     tiny_mlp,
 )
+from peft import LoraConfig
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_llm
-from laplace_llm import ELLALoraLaplace, FunctionalLoraLaplace, VaLLALoraLaplace
+from laplace_llm import (
+    ELLALoraLaplace,
+    FullLoraLaplace,
+    FunctionalLoraLaplace,
+    SequenceClassificationHead,
+    VaLLALoraLaplace,
+)
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.errors import AdapterError, DataError, OptionError
 from laplace_llm.links import mean_field, quasi_monte_carlo
@@ -204,6 +213,39 @@ def test_valla_on_mappings_is_its_formula():
 
 @SINCE_03
 @BOTH
+def test_saved_modules_and_choice_rows(cls, options):
+    """Of ``lm_head`` the choices' rows, and of a saved head all."""
+    heads = {
+        False: letter_head(tiny_llama(targets=("v_proj", "lm_head"))),
+        True: SequenceClassificationHead(tiny_bert_classifier()),
+    }
+    for saved, head in heads.items():
+        data, _ = letters()
+        la = cls(head, include_modules_to_save=saved, **options)
+        la.fit(data, **few(options))
+        reference = FullLoraLaplace(head, include_modules_to_save=saved)
+        assert la.n_params == reference.n_params
+        x = letter_batch(3, seed=3)
+        jacobians = bruteforce_jacobians(head, x, la.tensors)
+        variance = la.predictive_moments(x)[1]
+        torch.testing.assert_close(variance, la.functional_variance(jacobians), **EXACT)
+        other = cls(head, include_modules_to_save=saved, **options)
+        other.load_state_dict(la.state_dict())
+        torch.testing.assert_close(other.predictive_moments(x)[1], variance, **EXACT)
+
+
+@SINCE_03
+@BOTH
+def test_a_switched_adapter_is_noticed(cls, options):
+    la = fitted(cls, options)
+    la.model.add_adapter("second", LoraConfig(r=2, target_modules=["first"]))
+    la.model.set_adapter("second")
+    with pytest.raises(AdapterError, match="default"):
+        la(X_TEST)
+
+
+@SINCE_03
+@BOTH
 def test_links_of_mappings(cls, options):
     data, _ = letters()
     la = cls(letter_head(), **options)
@@ -275,7 +317,7 @@ def test_the_model_is_only_borrowed(cls, options):
     la.load_state_dict(state)
     assert snapshot(model) == before
     assert not hasattr(model, "output_size")
-    assert la.n_params == sum(tensor.weight.numel() for tensor in la.tensors)
+    assert la.n_params == sum(tensor.numel for tensor in la.tensors)
 
 
 @SINCE_03

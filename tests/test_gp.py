@@ -15,13 +15,14 @@ from models import (
     mlp_batch,
     select,
     snapshot,
+    tiny_bert_classifier,
     tiny_mlp,
 )
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import laplace_llm
-from laplace_llm import FunctionalLoraLaplace, StreamingEF
+from laplace_llm import FunctionalLoraLaplace, SequenceClassificationHead, StreamingEF
 from laplace_llm.data import subset_of_data
 from laplace_llm.errors import DataError, NotFittedError, OptionError, StateError
 from laplace_llm.outputs import OutputRows
@@ -179,7 +180,7 @@ def dense(la, x, prior):
 @pytest.mark.parametrize("prior", ["scalar", "tensor", "weight"])
 def test_covariances_are_those_of_the_kernel(prior, independent):
     la = fitted(independent_outputs=independent)
-    sizes = torch.tensor([tensor.weight.numel() for tensor in la.tensors])
+    sizes = torch.tensor([tensor.numel for tensor in la.tensors])
     values = {
         "scalar": torch.tensor([0.8]).double(),
         "tensor": torch.linspace(0.5, 2, len(sizes)).double(),
@@ -459,6 +460,31 @@ def test_the_empirical_fisher_has_a_diagonal_too():
     la = fitted(backend=StreamingEF)
     residuals = torch.softmax(la.model(X).detach(), 1) - F.one_hot(Y, 3)
     torch.testing.assert_close(la.H.weights, residuals.square(), **EXACT)
+
+
+@INDEPENDENT
+def test_saved_modules_are_weights_too(independent):
+    batch = letter_batch(6)
+    la = FunctionalLoraLaplace(
+        SequenceClassificationHead(tiny_bert_classifier()),
+        prior_precision=0.8,
+        independent_outputs=independent,
+        include_modules_to_save=True,
+    )
+    la.fit(chunks(batch, 4))
+    jacobians = bruteforce_jacobians(la.model, batch, la.tensors)
+    assert "saved" in {tensor.role for tensor in la.tensors}
+    assert jacobians.shape[2] == la.n_params
+    p = torch.softmax(la.model(batch).detach(), -1)
+    weighted = jacobians * (p * (1 - p))[..., None]
+    expected = torch.zeros(6, 3, 3).double()
+    for outputs in [[0], [1], [2]] if independent else [[0, 1, 2]]:
+        own = jacobians[:, outputs]
+        precision = torch.einsum("ncp,ncq->pq", own, weighted[:, outputs])
+        precision += 0.8 * torch.eye(la.n_params).double()
+        rows, columns = torch.tensor(outputs)[:, None], torch.tensor(outputs)
+        expected[:, rows, columns] = own @ torch.linalg.solve(precision, own.mT)
+    torch.testing.assert_close(moments(la, batch)[1], expected, **EXACT)
 
 
 @INDEPENDENT

@@ -41,7 +41,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         As in `LoraPosterior`.
     *args, **kwargs
         Those of the parent's class. The backend must be one of the streaming ones.
-    adapter, tensors
+    adapter, tensors, include_modules_to_save
         As in `LoraPosterior`.
 
     Raises
@@ -58,6 +58,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
     backend: StreamingInterface
     enable_backprop: bool
     n_outputs: int
+    _backend_kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         backend_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
         tensors: Sides = "AB",
+        include_modules_to_save: bool = False,
         **kwargs: Any,
     ) -> None:
         backend = StreamingGGN if backend is None else backend
@@ -78,18 +80,23 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
             )
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
-        self.tensors = find_lora_tensors(model, self.adapter, tensors)
-        chosen = {"adapter": self.adapter, "tensors": tensors}
+        self.tensors = find_lora_tensors(
+            model, self.adapter, tensors, True, include_modules_to_save
+        )
         with borrowed(model, [tensor.weight for tensor in self.tensors]):
             super().__init__(
                 model,
                 likelihood,
                 *args,
                 backend=backend,
-                backend_kwargs={**(backend_kwargs or {}), **chosen},
+                backend_kwargs=backend_kwargs,
                 **kwargs,
             )
-            _ = self.backend  # built while the tensors alone are trainable
+            given: dict[str, Any] = self._backend_kwargs
+            self._backend_kwargs = {**given, "tensors": self.tensors}
+            _ = self.backend  # built now, while these tensors alone are trainable
+            self._backend_kwargs = given  # which the parent copies into a state
+        self.n_params = sum(tensor.numel for tensor in self.tensors)
 
     @property
     def _device(self) -> torch.device:
@@ -103,6 +110,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
 
     @contextmanager
     def _borrowed(self) -> Iterator[None]:
+        resolve_adapter(self.model, self.adapter)
         before = vars(self.model).get("output_size")
         try:
             with borrowed(self.model, [tensor.weight for tensor in self.tensors]):
@@ -214,7 +222,7 @@ class ELLALoraLaplace(FunctionSpaceOfLora, ELLA):
     def _features(self, x: Batch) -> tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor) and OUTPUTS in x:
             return x[self.dict_key_x], x[OUTPUTS]
-        sizes = [tensor.weight.numel() for tensor in self.tensors]
+        sizes = [tensor.numel for tensor in self.tensors]
         directions = self.dual_directions.split(sizes)
 
         def project(jacobians: Sequence[Tensor]) -> Tensor:

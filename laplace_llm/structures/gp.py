@@ -90,6 +90,7 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         adapter: str | None = None,
         tensors: Sides = "AB",
+        include_modules_to_save: bool = False,
         factors_on: Literal["cpu", "disk"] | None = None,
     ) -> None:
         if n_subset is not None and (
@@ -100,7 +101,7 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         super().__init__(
             model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,
             enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs,
-            adapter=adapter, tensors=tensors, max_rank=None, factors_on=factors_on,
+            adapter, tensors, include_modules_to_save, max_rank=None, factors_on=factors_on,
         )  # fmt: skip
 
     def fit(
