@@ -183,7 +183,7 @@ def test_unknown_structure(structure):
 # Before fit ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 @pytest.mark.parametrize(
     "use",
     [
@@ -426,7 +426,7 @@ def test_nan_in_one_batch_names_the_batch():
     assert_raises(OutputError, message, la.fit, [good, good, bad])
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 def test_infinite_gradients_are_named(structure):
     """Finite logits whose gradient is not: sqrt at 0."""
     build = custom(lambda m, x: torch.sqrt(m.out(m.first(x)).square() * 0))

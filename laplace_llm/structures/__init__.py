@@ -31,8 +31,8 @@ APPROXIMATIONS = {"nystrom": ELLALoraLaplace, "variational": VaLLALoraLaplace}
 __all__ = [
     "STRUCTURES",
     "DiagLoraLaplace",
-    "EkfacLoraLaplace",
     "ELLALoraLaplace",
+    "EkfacLoraLaplace",
     "FullLoraLaplace",
     "FunctionalLoraLaplace",
     "KronLoraLaplace",

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from laplace_llm._compat import ELLA, BaseFunctionalLaplace, CurvatureInterface, VaLLA
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
-from laplace_llm.curvature import StreamingInterface
-from laplace_llm.errors import DataError, OptionError
+from laplace_llm.curvature import StreamingInterface, check_streaming
+from laplace_llm.errors import DataError
 from laplace_llm.heads import as_classifier
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
 from laplace_llm.moments import glm_moments
@@ -72,12 +72,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         include_modules_to_save: bool = False,
         **kwargs: Any,
     ) -> None:
-        backend = StreamingGGN if backend is None else backend
-        if not issubclass(backend, StreamingInterface):
-            raise OptionError(
-                f"Expected one of the streaming backends, but got {backend.__name__}. Leave out "
-                "backend=..., or use StreamingGGN."
-            )
+        check_streaming(backend, "the Jacobians of LoRA tensors")
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
         self.tensors = find_lora_tensors(
@@ -88,7 +83,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
                 model,
                 likelihood,
                 *args,
-                backend=backend,
+                backend=StreamingGGN if backend is None else backend,
                 backend_kwargs=backend_kwargs,
                 **kwargs,
             )
