@@ -209,7 +209,7 @@ class StreamingInterface(CurvatureInterface):
         run, seeds, summary = self._forward(x, y)
         residuals = torch.zeros_like(run.logits)
         if self.likelihood == "regression":
-            residuals = y - run.logits.detach()
+            residuals = check_labels(y, run.logits, True) - run.logits.detach()
         jacobian = self._finite_rows(run, torch.eye(summary.n_outputs).to(run.logits))
         state.add_outputs(jacobian, seeds.square().sum(-1), residuals)
         return summary

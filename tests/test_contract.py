@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 # Whose questions are unlike the others' only in the head and its seeds: one structure of a kind.
 ODD = ("ragged letters", "ragged scored", "pairs")
-SOME = ("kron", "kron, expand", "diag", "lowrank")
+SOME = ("kron", "kron, expand", "diag", "lowrank", "gp")
 EXACT_CASES = [
     Case(structure, head) for head in HEADS for structure in (SOME if head in ODD else STRUCTURES)
 ]

@@ -197,9 +197,9 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
             result[..., own, own] = process.variance_grid([j[:, own] for j in jacobians], scales)
         return result
 
-    def _directions(self, centred: bool) -> Tensor | None:
-        # Independent outputs are those of the model, not their contrasts.
-        return super()._directions(centred and not self.independent_outputs)
+    @property
+    def _knows_contrasts(self) -> bool:
+        return not self.independent_outputs
 
     # The evidence --------------------------------------------------------------------------------
 
