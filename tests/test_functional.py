@@ -7,6 +7,7 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from models import (
+    HEADS,
     bruteforce_jacobians,
     inputs_of,
     letter_batch,
@@ -232,6 +233,22 @@ def test_saved_modules_and_choice_rows(cls, options):
         other = cls(head, include_modules_to_save=saved, **options)
         other.load_state_dict(la.state_dict())
         torch.testing.assert_close(other.predictive_moments(x)[1], variance, **EXACT)
+
+
+@SINCE_03
+@BOTH
+def test_choices_that_a_row_does_not_have(cls, options):
+    model, make_batch = HEADS["ragged letters"]()
+    batch, x = make_batch(N), make_batch(5, seed=3)
+    data = DataLoader([{k: v[i] for k, v in batch.items()} for i in range(N)], 4)
+    la = cls(model, **{**options, **({"n_eigenvalues": 3} if cls is ELLALoraLaplace else {})})
+    la.fit(data, **few(options))
+    absent = model(x) == -torch.inf
+    assert absent.any()
+    for link in ("qmc", "mean_field", "probit"):
+        probabilities = la(x, link_approx=link)
+        assert torch.equal(probabilities == 0, absent)
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(5).double())
 
 
 @SINCE_03

@@ -8,6 +8,7 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from models import (
+    HEADS,
     bruteforce_jacobians,
     chunks,
     letter_batch,
@@ -511,6 +512,28 @@ def test_the_model_is_only_borrowed():
     la.optimize_prior_precision()
     la.log_marginal_likelihood()
     assert snapshot(model) == before
+
+
+@INDEPENDENT
+def test_choices_that_a_row_does_not_have(independent):
+    model, make_batch = HEADS["ragged letters"]()
+    la = FunctionalLoraLaplace(model, independent_outputs=independent, **OPTIONS)
+    la.fit(chunks(make_batch(6), 4))
+    x = make_batch(5, seed=3)
+    absent = model(x) == -torch.inf
+    assert absent.any()
+    assert torch.equal(la(x) == 0, absent)
+    torch.testing.assert_close(la(x).sum(1), torch.ones(5).double())
+    assert la.log_marginal_likelihood().isfinite()
+    la.optimize_prior_precision()
+    assert la.prior_precision.isfinite()
+
+
+def test_targets_of_one_output_need_no_second_dimension():
+    x, y = data("regression", 1)
+    flat = fitted("regression", 1, [(x, y[:, 0])])
+    evidence = fitted("regression", 1).log_marginal_likelihood()
+    torch.testing.assert_close(flat.log_marginal_likelihood(), evidence, **EXACT)
 
 
 def test_labels_and_inputs_of_mappings_stay_together():

@@ -251,3 +251,12 @@ class VaLLALoraLaplace(FunctionSpaceOfLora, VaLLA):
     *Variational Linearized Laplace Approximation for Bayesian Deep Learning*, ICML 2024. See
     `FunctionSpaceOfLora`; needs laplace-torch 0.3.
     """
+
+    def _latent_distribution(self, x: Batch, joint: bool = False) -> tuple[Tensor, ...]:
+        # Of a choice that a row does not have the objective would have no derivative at -inf.
+        mean, *others = super()._latent_distribution(x, joint)
+        return (mean.clamp_min(torch.finfo(mean.dtype).min / 4), *others)
+
+    def _glm_predictive_distribution(self, x: Batch, joint: bool = False) -> tuple[Tensor, Tensor]:
+        mean, covariance = super()._glm_predictive_distribution(x, joint)
+        return mean.masked_fill(mean <= torch.finfo(mean.dtype).min / 4, -torch.inf), covariance
