@@ -1,4 +1,4 @@
-"""What comes out of a loader: inputs and labels, checked, all of them or a subset."""
+"""What comes out of a loader: inputs and labels, checked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from tqdm import tqdm
 
-from laplace_llm._compat import SoDSampler
 from laplace_llm.errors import DataError, LaplaceLLMError
 from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
@@ -85,82 +83,6 @@ def _split(batch: Any, key: str) -> tuple[Batch, Any]:
 def numbered(error: LaplaceLLMError, index: int) -> LaplaceLLMError:
     """Return the same kind of error, naming the batch it happened in."""
     return type(error)(f"{error} (in batch {index} of the loader, counted from 0)")
-
-
-def subset_of_data(
-    loader: Iterable[Any], size: int | None, seed: int, key: str
-) -> tuple[Iterable[Any], int]:
-    """Return batches of `size` examples, drawn without replacement, and how many are left out.
-
-    Parameters
-    ----------
-    loader : Iterable
-        See `labelled`. A `DataLoader` that reads all of a sized dataset is not read: the dataset
-        is, at laplace-torch's indices. Of anything else all batches are read and held.
-    size : int, optional
-        Number of examples; default, and where there are no more: all.
-    seed : int
-        Of the draw.
-    key : str
-        The label's key in a mapping.
-
-    Raises
-    ------
-    DataError
-        As in `labelled`.
-    """
-    if size is None:
-        return loader, 0
-    if isinstance(loader, DataLoader) and _reads_all(loader):
-        total = len(loader.dataset)  # type: ignore[arg-type]
-        if size >= total:
-            return loader, 0
-        chosen = SoDSampler(total, size, seed).indices.tolist()
-        subset = DataLoader(
-            loader.dataset, loader.batch_size, sampler=chosen, collate_fn=loader.collate_fn
-        )
-        return subset, total - size
-    batches = list(labelled(loader, key, torch.device("cpu"), "", False))
-    ends = torch.tensor([len(y) for _, y in batches]).cumsum(0).tolist()
-    if size >= ends[-1]:
-        return batches, 0
-    indices = SoDSampler(ends[-1], size, seed).indices.sort().values
-    subsets = []
-    for (x, y), end in zip(batches, ends, strict=True):
-        own = indices[(indices >= end - len(y)) & (indices < end)] - (end - len(y))
-        if len(own):
-            subsets.append((select(x, own), y[own]))
-    return subsets, ends[-1] - size
-
-
-def _reads_all(loader: DataLoader) -> bool:
-    return (
-        isinstance(loader.sampler, (SequentialSampler, RandomSampler))
-        and loader.batch_size is not None
-        and len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
-    )
-
-
-def batch_size(batch: Batch) -> int:
-    """Return the length of the first dimension that the batch's tensors share."""
-    if isinstance(batch, MutableMapping):
-        key = "input_ids" if "input_ids" in batch else next(iter(batch))
-        return len(batch[key])
-    return len(batch)
-
-
-def select(batch: Batch, index: slice | Tensor) -> Batch:
-    """Return some examples of a batch; mappings stay mappings, with what is not batched."""
-    if isinstance(batch, Tensor):
-        return batch[index]
-    size = batch_size(batch)
-    return {
-        key: value[index] if _is_batched(value, size) else value for key, value in batch.items()
-    }
-
-
-def _is_batched(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
 
 
 def check_labels(
@@ -255,13 +177,17 @@ def slices(batch: Batch, rows: int) -> Iterator[Batch]:
         yield batch
         return
     for start in range(0, size, rows):
-        if isinstance(batch, Tensor):
-            yield batch[start : start + rows]
-        else:
-            yield {
-                key: value[start : start + rows] if _is_batched(value, size) else value
-                for key, value in batch.items()
-            }
+        yield select(batch, slice(start, start + rows))
+
+
+def select(batch: Batch, index: slice | Tensor) -> Batch:
+    """Return some examples of a batch; mappings stay mappings, with what is not batched."""
+    if isinstance(batch, Tensor):
+        return batch[index]
+    size = batch_size(batch)
+    return {
+        key: value[index] if _is_batched(value, size) else value for key, value in batch.items()
+    }
 
 
 def batch_size(batch: Batch) -> int:

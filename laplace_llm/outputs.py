@@ -50,9 +50,10 @@ class OutputRows(LowRankGGN):
             rows = weights[:, output, None].sqrt() * rows
             self.trace += rows.square().sum(dtype=torch.float64)
             block[:, output] = rows
-        self._join(weights, residuals.to(dtype))
+        self.join(weights, residuals.to(dtype))
 
-    def _join(self, weights: Tensor, residuals: Tensor) -> None:
+    def join(self, weights: Tensor, residuals: Tensor) -> None:
+        """Add the weights and residuals of rows that were added."""
         if not hasattr(self, "weights"):
             self.weights, self.residuals = weights, residuals
             return
@@ -63,7 +64,7 @@ class OutputRows(LowRankGGN):
         """Add the outputs of other examples."""
         assert isinstance(other, OutputRows)
         super().merge(other)
-        self._join(other.weights, other.residuals)
+        self.join(other.weights, other.residuals)
 
     def separate(self) -> list[OutputRows]:
         """Return C views, one of each output's rows alone."""
@@ -103,5 +104,5 @@ class OutputRows(LowRankGGN):
             )
         new = super().load(state)
         assert isinstance(new, OutputRows)
-        new._join(*(state[key].to(self.trace.device) for key in ("weights", "residuals")))
+        new.join(*(state[key].to(self.trace.device) for key in ("weights", "residuals")))
         return new

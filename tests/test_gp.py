@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import laplace_llm
 from laplace_llm import FunctionalLoraLaplace, SequenceClassificationHead, StreamingEF
-from laplace_llm.data import subset_of_data
 from laplace_llm.errors import DataError, NotFittedError, OptionError, StateError
 from laplace_llm.outputs import OutputRows
+from laplace_llm.subset import subset_of_data
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 OPTIONS = {"temperature": 0.5, "prior_precision": 0.8, "prior_mean": 0.1}

@@ -18,11 +18,12 @@ from laplace_llm._compat import ELLA, BaseFunctionalLaplace, CurvatureInterface,
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import StreamingInterface, check_streaming
-from laplace_llm.errors import DataError
+from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import as_classifier
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
 from laplace_llm.moments import glm_moments
 from laplace_llm.session import borrowed
+from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
 
 # The key of outputs that were computed before, in a batch whose inputs are features.
@@ -135,11 +136,18 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         ------
         DataError
             If `train_loader` is no `DataLoader`: the parent draws from its dataset.
+        OptionError
+            If it is a shard of the data.
         """
         if not isinstance(train_loader, DataLoader):
             raise DataError(
                 f"Expected a DataLoader over a sized dataset, but got a "
                 f"{type(train_loader).__name__}. Make one, or use FunctionalLoraLaplace."
+            )
+        if as_shard(train_loader).size > 1:
+            raise OptionError(
+                f"Expected the whole training data, as {type(self).__name__} is fitted by one "
+                "process, but got a shard. Give it the whole data, or use FunctionalLoraLaplace."
             )
         with self._borrowed():
             super().fit(train_loader, **kwargs)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from laplace_llm._compat import CurvatureInterface
 from laplace_llm.adapters import Sides
 from laplace_llm.curvature import BatchSummary
-from laplace_llm.data import subset_of_data
 from laplace_llm.errors import OptionError
 from laplace_llm.lowrank import LowRankPrecision
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
+from laplace_llm.shards import Shard, as_shard
 from laplace_llm.structures.lowrank import LowRankLoraLaplace
+from laplace_llm.subset import subset_of_data
 from laplace_llm.taps import Batch
 
 # What the parent adds to the kernel of a classifier, for its marginal likelihood alone.
@@ -109,16 +110,28 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
     ) -> None:
         """Fit the posterior to `n_subset` of the data; see `LoraLaplace.fit`.
 
-        N is the number of examples that the loader has. Unless it is a `DataLoader` that reads all
-        of a sized dataset, it is read as a whole before.
+        N is the number of examples that the loader has. For a subset, it is read as a whole before,
+        unless it is a `DataLoader` that reads all of a sized dataset. Several processes with a
+        shard each fit to all their data together.
+
+        Raises
+        ------
+        OptionError
+            If `n_subset` is given and the loader is a shard.
         """
+        shard = as_shard(train_loader)
+        if shard.size > 1 and self.n_subset is not None:
+            raise OptionError(
+                f"Expected n_subset=None for training data that {shard.size} processes share, but "
+                f"got {self.n_subset}. Leave it out, or give each process the whole data."
+            )
         subset, left_out = subset_of_data(train_loader, self.n_subset, self.seed, self.dict_key_y)
         super().fit(subset, override, progress_bar)
         self.n_data += left_out
         if self._train_loaders is not None:
             # Tuning on the training data looks at all of them.
             *earlier, _ = self._train_loaders
-            gone = isinstance(train_loader, Iterator)
+            gone = isinstance(shard.loader, Iterator)
             self._train_loaders = None if gone else [*earlier, train_loader]
 
     def _empty_curvature(self) -> OutputRows:
@@ -128,6 +141,15 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
     def _accumulate(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:
         assert isinstance(state, OutputRows)
         return self._streaming.accumulate_outputs(state, x, y)
+
+    def _over_all(self, state: LowRankGGN, shard: Shard) -> LowRankGGN:
+        total = super()._over_all(state, shard)
+        assert isinstance(total, OutputRows)
+        assert isinstance(state, OutputRows)
+        own = [(state.weights, state.residuals)] if state.rank else []
+        for weights, residuals in shard.gather(own, self._device):
+            total.join(weights, residuals)
+        return total
 
     def _set_curvature(self, state: LowRankGGN, merge: bool) -> None:
         assert isinstance(state, OutputRows)
