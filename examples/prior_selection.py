@@ -296,6 +296,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "exact GGN, B only": {"structure": "lowrank", "max_rank": None, "tensors": "B"},
     "low-rank GGN, 128": {"structure": "lowrank", "max_rank": 128},
     "low-rank GGN, 32": {"structure": "lowrank", "max_rank": 32},
+    "functional GP": {"structure": "gp"},
+    "functional GP, 25 questions": {"structure": "gp", "n_subset": 25},
     "kron (default)": {"structure": "kron"},
     "kron, B only": {"structure": "kron", "tensors": "B"},
     "kron, exact sides": {"structure": "kron", "backend_kwargs": {"rank": 512}},

@@ -20,10 +20,13 @@ from laplace_llm.shared import shared_moments_grid
 from laplace_llm.structures import (
     DiagLoraLaplace,
     EkfacLoraLaplace,
+    ELLALoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLaplace,
     KronLoraLaplace,
     Laplace,
     LowRankLoraLaplace,
+    VaLLALoraLaplace,
 )
 from laplace_llm.subnet import LoraSubnetMask
 
@@ -37,6 +40,9 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "LowRankLoraLaplace",
     "DiagLoraLaplace",
     "FullLoraLaplace",
+    "FunctionalLoraLaplace",
+    "ELLALoraLaplace",
+    "VaLLALoraLaplace",
     "shared_moments_grid",
     # curvature backends
     "StreamingGGN",

@@ -20,12 +20,36 @@ from laplace.laplace import Laplace as parent_factory
 from laplace.utils.matrix import Kron
 from laplace.utils.metrics import RunningNLLMetric
 from laplace.utils.subnetmask import SubnetMask
-from laplace.utils.utils import validate
+from laplace.utils.utils import SoDSampler, validate
 from torch import Tensor
 from torchmetrics import MeanSquaredError, Metric
 
+from laplace_llm.errors import OptionError
+
+try:
+    from laplace.baselaplace import ELLA, BaseFunctionalLaplace, VaLLA
+except ImportError:
+
+    class BaseFunctionalLaplace:  # type: ignore[no-redef]
+        """What laplace-torch before 0.3 does not have."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise OptionError(
+                "Expected laplace-torch >= 0.3, which has ELLA and VaLLA, but an earlier one is "
+                "installed. Run pip install 'laplace-torch>=0.3', or use hessian_structure='gp'."
+            )
+
+    class ELLA(BaseFunctionalLaplace):  # type: ignore[no-redef]
+        """What laplace-torch before 0.3 does not have."""
+
+    class VaLLA(BaseFunctionalLaplace):  # type: ignore[no-redef]
+        """What laplace-torch before 0.3 does not have."""
+
+
 __all__ = [
+    "ELLA",
     "AsdlInterface",
+    "BaseFunctionalLaplace",
     "BaseLaplace",
     "CurvatureInterface",
     "DiagLaplace",
@@ -35,7 +59,9 @@ __all__ = [
     "Kron",
     "KronLaplace",
     "ParametricLaplace",
+    "SoDSampler",
     "SubnetMask",
+    "VaLLA",
     "computed_here",
     "default_loss",
     "parent_factory",

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from laplace_llm import taps
 from laplace_llm._compat import CurvatureInterface, Kron
@@ -17,6 +18,7 @@ from laplace_llm.data import check_labels
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
+from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
 from laplace_llm.taps import Batch, Taps
@@ -198,10 +200,24 @@ class StreamingInterface(CurvatureInterface):
     def accumulate_rows(self, state: LowRankGGN, x: Batch, y: Tensor) -> BatchSummary:
         """Add a batch's rows, whose second moment is its curvature, in place."""
         run, columns, summary = self._forward(x, y)
-        for rows in self._rows(run, columns):
-            self._check_finite(rows.square().sum(0))
+        for rows in self._finite_rows(run, columns):
             state.add(rows)
         return summary
+
+    def accumulate_outputs(self, state: OutputRows, x: Batch, y: Tensor) -> BatchSummary:
+        """Add the Jacobian rows of a batch's outputs in place, with the curvature of each."""
+        run, seeds, summary = self._forward(x, y)
+        residuals = torch.zeros_like(run.logits)
+        if self.likelihood == "regression":
+            residuals = check_labels(y, run.logits, True) - run.logits.detach()
+        jacobian = self._finite_rows(run, torch.eye(summary.n_outputs).to(run.logits))
+        state.add_outputs(jacobian, seeds.square().sum(-1), residuals)
+        return summary
+
+    def _finite_rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
+        for rows in self._rows(run, seeds):
+            self._check_finite(rows.square().sum(0))
+            yield rows
 
     def _check_finite(self, values: Tensor) -> None:
         """Raise an error that names the first tensor with non-finite curvature.
@@ -243,6 +259,11 @@ class StreamingInterface(CurvatureInterface):
         directions = torch.eye(run.logits.shape[1])
         if centred and run.logits.shape[1] > 1:
             directions = choice_contrasts(run.logits.isfinite(), run.logits.detach())
+        return self._blocks(run, directions, create_graph)
+
+    def _blocks(
+        self, run: Taps, directions: Tensor, create_graph: bool
+    ) -> tuple[list[Tensor], Tensor]:
         columns = run.sweep(directions.to(run.logits), self._outer(run), create_graph)
         blocks = [list(block) for block in zip(*columns, strict=True)]
         outputs = run.logits if create_graph else run.logits.detach()
@@ -258,6 +279,29 @@ class StreamingInterface(CurvatureInterface):
         with torch.enable_grad():
             blocks, outputs = self.jacobian_blocks(x, create_graph=enable_backprop)
         return self._subnetwork(torch.cat(blocks, -1)), outputs
+
+    def selected_output_jacobians(
+        self, x: Batch, outputs: Tensor, enable_backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return Jacobians (B, S, P) of S outputs of each example, and all outputs (B, C).
+
+        One forward and S backward passes.
+
+        Parameters
+        ----------
+        x : Batch
+            Model inputs.
+        outputs : Tensor
+            (B,) or (B, S), indices of outputs.
+        enable_backprop : bool, default=False
+            Whether the result is to be differentiated with respect to the inputs.
+        """
+        with torch.enable_grad():
+            run = taps.forward(self.model, self.tensors, x, enable_backprop)
+            chosen = outputs.to(run.logits.device).view(len(outputs), -1)
+            directions = F.one_hot(chosen, run.logits.shape[1]).mT
+            blocks, values = self._blocks(run, directions, enable_backprop)
+        return self._subnetwork(torch.cat(blocks, -1)), values
 
     def gradients(self, x: Batch, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss's per-example gradients (B, P) and the summed loss."""

@@ -177,13 +177,17 @@ def slices(batch: Batch, rows: int) -> Iterator[Batch]:
         yield batch
         return
     for start in range(0, size, rows):
-        if isinstance(batch, Tensor):
-            yield batch[start : start + rows]
-        else:
-            yield {
-                key: value[start : start + rows] if _is_batched(value, size) else value
-                for key, value in batch.items()
-            }
+        yield select(batch, slice(start, start + rows))
+
+
+def select(batch: Batch, index: slice | Tensor) -> Batch:
+    """Return some examples of a batch; mappings stay mappings, with what is not batched."""
+    if isinstance(batch, Tensor):
+        return batch[index]
+    size = batch_size(batch)
+    return {
+        key: value[index] if _is_batched(value, size) else value for key, value in batch.items()
+    }
 
 
 def batch_size(batch: Batch) -> int:

@@ -46,9 +46,12 @@ class LowRankPrecision:
         self._spectrum = spectrum
         self._grams = grams
 
-    def _whitened_gram(self) -> Tensor:
+    def whitened_gram(self) -> Tensor:
         """Return ``R D^-1 R^T`` (m, m) in float64, differentiable in the deltas."""
         deltas = self.deltas.double()
+        if len(deltas) == 1 and self._spectrum is not None:
+            values, vectors = self._spectrum
+            return (vectors * values) @ vectors.T / deltas
         if len(deltas) == 1:
             return self.ggn.gram() / deltas
         if len(deltas) == len(self.ggn.sizes):
@@ -80,7 +83,7 @@ class LowRankPrecision:
             values, vectors = self._spectrum
             values = values / self.deltas.double()
         else:
-            values, vectors = torch.linalg.eigh(self._whitened_gram())
+            values, vectors = torch.linalg.eigh(self.whitened_gram())
         # Below is only noise: the Gram's rounding, or that of products with R' / sqrt(s).
         eps = max(torch.finfo(self.ggn.store.dtype).eps ** 1.5, torch.finfo(values.dtype).eps)
         keep = values > eps * len(values) * values.detach()[-1:].clamp_min(0)

@@ -22,6 +22,11 @@ BRIDGES = ("bridge", "bridge_norm")  # the parent's links that mix an example's 
 class LoraPredictive(LoraPosterior):
     """A posterior over LoRA weights that answers the parent's prediction calls."""
 
+    @property
+    def _knows_contrasts(self) -> bool:
+        """Whether it can be asked for covariances of differences between outputs alone."""
+        return True
+
     def moments_grid(
         self, batch: Batch, values: Tensor, layerwise: bool = False, centred: bool = False
     ) -> Moments:
@@ -59,7 +64,7 @@ class LoraPredictive(LoraPosterior):
                 batch,
                 lambda j: variance(j, values.to(self._device, self._dtype)),
                 self.n_outputs,
-                centred=centred,
+                centred=centred and self._knows_contrasts,
             )
         return Moments(moments.mean, moments.covariance.detach())
 
@@ -187,7 +192,7 @@ class LoraPredictive(LoraPosterior):
                     self._variance,
                     self.n_outputs,
                     self.enable_backprop,
-                    centred,
+                    centred and self._knows_contrasts,
                 )
         if diagonal_output and not joint:
             covariance = covariance.diagonal(dim1=-2, dim2=-1)

@@ -7,6 +7,7 @@ Unlike a Kronecker factorisation, it keeps the correlations between layers.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -85,6 +86,19 @@ class RowStore:
         """Add rows (n, P) at the end; room must have been reserved."""
         self._buffer[self.count : self.count + len(rows)] = rows
         self.count += len(rows)
+
+    def extend(self, rows: int) -> Tensor:
+        """Add so many rows at the end, and return them to be written to, where they are kept."""
+        self.reserve(self.count + rows)
+        self.count += rows
+        return self._buffer[self.count - rows : self.count]
+
+    def every(self, step: int, start: int) -> RowStore:
+        """Return a view of every `step`-th row."""
+        view = copy.copy(self)
+        view._buffer = self._buffer[start : self.count : step]
+        view.count = len(view._buffer)
+        return view
 
     def parts(self, rows: int = 64) -> Iterator[Tensor]:
         """Yield the rows, a few at a time, where they are kept."""
@@ -219,6 +233,6 @@ class LowRankGGN:
                 "with the same adapter and tensors=... as it was saved."
             )
         store = self.store
-        new = LowRankGGN(self.sizes, self.max_rank, store.dtype, store.device, store.factors_on)
+        new = type(self)(self.sizes, self.max_rank, store.dtype, store.device, store.factors_on)
         new.extend([rows], state["trace"], state["lost_trace"])
         return new

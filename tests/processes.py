@@ -40,7 +40,9 @@ from torch.utils.data.distributed import DistributedSampler
 from laplace_llm import (
     DiagLoraLaplace,
     EkfacLoraLaplace,
+    ELLALoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLaplace,
     KronLoraLaplace,
     LowRankLoraLaplace,
     MultipleChoiceHead,
@@ -63,6 +65,8 @@ STRUCTURES = {
     "full": (FullLoraLaplace, {"tensors": "B"}),
     "lowrank": (LowRankLoraLaplace, {}),
     "lowrank, disk": (LowRankLoraLaplace, {"factors_on": "disk"}),
+    "gp": (FunctionalLoraLaplace, {}),
+    "gp, independent": (FunctionalLoraLaplace, {"independent_outputs": True}),
 }
 Split = Callable[..., Iterable[Any]]
 
@@ -245,6 +249,7 @@ def other_loaders() -> dict[str, Any]:
     for name, la, loader in (
         ("an empty one, kron", KronLoraLaplace(letter_head()), by_hand(TRAIN, 2, empty=0)),
         ("an empty one, lowrank", LowRankLoraLaplace(letter_head()), by_hand(TRAIN, 2, empty=1)),
+        ("an empty one, gp", FunctionalLoraLaplace(letter_head()), by_hand(TRAIN, 2, empty=0)),
         ("in DDP, kron", KronLoraLaplace(in_ddp), by_hand(TRAIN, 1)),
     ):
         la.fit(loader)
@@ -378,6 +383,8 @@ def errors() -> dict[str, str]:
         "own batches": lambda: fit(DataLoader(data, batch_sampler=Pairs(DistributedSampler(data)))),
         "own batches, accelerate": lambda: fit(Accelerator(cpu=True).prepare(in_pairs)),
         "a stream each": lambda: fit(prepared(Stream(data), 2, dispatch_batches=False)),
+        "a subset": lambda: FunctionalLoraLaplace(head, n_subset=3).fit(by_sampler(TRAIN, 2)),
+        "ELLA": lambda: ELLALoraLaplace(head, "classification", 3, 2).fit(by_sampler(TRAIN, 2)),
         "inner DDP": lambda: DiagLoraLaplace(InDDP()),
         "fully_shard": lambda: DiagLoraLaplace(fully_sharded()),
     }

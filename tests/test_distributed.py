@@ -14,7 +14,13 @@ from processes import TEST, TRAIN, VALIDATION, N, alone, described, shared_work
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from laplace_llm import DiagLoraLaplace, KronLoraLaplace, LowRankLoraLaplace, Shard
+from laplace_llm import (
+    DiagLoraLaplace,
+    FunctionalLoraLaplace,
+    KronLoraLaplace,
+    LowRankLoraLaplace,
+    Shard,
+)
 from laplace_llm.errors import OptionError, UnsupportedLayerError
 from laplace_llm.kernel import training_space
 from laplace_llm.splits import dealt
@@ -81,7 +87,9 @@ def test_every_structure_and_tuning_method_equals_the_single_process(world):
 def test_all_processes_have_the_same_posterior_to_the_last_bit(world):
     first, *others = ranks(world, "shared")
     for name in (
-        key for key in first if key.startswith(("fit, lowrank", "fit, kron", "fit, ekfac", "prior"))
+        key
+        for key in first
+        if key.startswith(("fit, lowrank", "fit, kron", "fit, ekfac", "fit, gp", "prior"))
     ):
         for other in others:
             torch.testing.assert_close(other[name], first[name], rtol=0, atol=0)
@@ -91,6 +99,7 @@ def test_all_processes_have_the_same_posterior_to_the_last_bit(world):
 def test_every_loader_that_is_a_shard_counts_each_example_once(world):
     expected = {}
     classes = {"": DiagLoraLaplace, "kron": KronLoraLaplace, "lowrank": LowRankLoraLaplace}
+    classes["gp"] = FunctionalLoraLaplace
     for name, cls in classes.items():
         la = cls(letter_head())
         la.fit(chunks(TRAIN, 2))
@@ -195,6 +204,8 @@ OF_ALL = {
     "own batches": "OptionError: Expected a loader whose repeated examples are known",
     "own batches, accelerate": "OptionError: Expected a loader whose repeated examples are known",
     "a stream each": "OptionError: Expected a loader whose repeated examples are known",
+    "a subset": "OptionError: Expected n_subset=None for training data that",
+    "ELLA": "OptionError: Expected ",
     "inner DDP": "AdapterError: Expected DistributedDataParallel around the whole model",
     "fully_shard": "UnsupportedLayerError: Expected all weights on this process",
 }

@@ -30,6 +30,7 @@ from laplace_llm import (
     DiagLoraLaplace,
     EkfacLoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLaplace,
     KronLoraLaplace,
     LowRankLoraLaplace,
     SequenceClassificationHead,
@@ -60,6 +61,7 @@ OURS = {
     "lora lowrank": "laplace_llm.structures.lowrank.LowRankLoraLaplace",
     "lora diag": "laplace_llm.structures.diag.DiagLoraLaplace",
     "lora full": "laplace_llm.structures.full.FullLoraLaplace",
+    "lora gp": "laplace_llm.structures.gp.FunctionalLoraLaplace",
 }
 BUILT_IN = {
     "all full": "laplace.baselaplace.FullLaplace",
@@ -117,6 +119,7 @@ def test_no_class_inherits_a_key():
     [
         ("kron", KronLoraLaplace),
         ("ekfac", EkfacLoraLaplace),
+        ("gp", FunctionalLoraLaplace),
         ("lowrank", LowRankLoraLaplace),
         ("diag", DiagLoraLaplace),
         ("full", FullLoraLaplace),
@@ -315,7 +318,7 @@ def test_low_precision_base_keeps_everything_in_float32(structure):
     )
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 def test_low_precision_base_is_close_to_a_float32_base(structure):
     la, reference = (lora(mixed(dtype), structure) for dtype in (torch.bfloat16, torch.float32))
     got, expected = la.log_marginal_likelihood(), reference.log_marginal_likelihood()
@@ -341,7 +344,7 @@ def test_low_precision_adapters_work():
     torch.testing.assert_close(la(letter_batch(3), **NN).sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 def test_float32_marginal_likelihood_equals_float64(structure):
     single, double = tiny_llama(), tiny_llama()
     single = single.float()
@@ -398,7 +401,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 @pytest.mark.parametrize(
     "draw",
     [

@@ -84,7 +84,7 @@ each_use = pytest.mark.parametrize("use", [pytest.param(u, id=name) for name, u 
 
 
 @each_use
-@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac"])
+@pytest.mark.parametrize("structure", [*STRUCTURES, "lowrank", "ekfac", "gp"])
 def test_use(structure, use):
     model = used_model()
     before = snapshot(model)

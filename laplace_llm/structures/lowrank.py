@@ -123,7 +123,9 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         """
         self._check_H_init()
         assert self.H is not None
-        values, vectors = self._precision(torch.ones(1).to(self.mean)).spectrum()
+        precision = self._precision(torch.ones(1).to(self.mean))
+        values, vectors = precision.spectrum()
+        values = values * precision.deltas.double()
         basis = (vectors / values.sqrt()).to(self._dtype)
         rows = [self.H.store.columns_of(*block).T @ basis for block in self.H.blocks()]
         return (torch.cat(rows), self._H_factor * values.to(self._dtype)), self.prior_precision_diag

@@ -24,6 +24,7 @@ from laplace_llm.structures import STRUCTURES
 from laplace_llm.tensors import LoraTensor
 
 MAX_DENSE = 5_000  # weights of which all pairs are kept
+MAX_SUBSET = 256  # questions whose Jacobians are kept
 RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
 # What `optimize_prior_precision` does by default, without validation data and with it.
 DEFAULT, DEFAULT_VALIDATED = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, gridsearch"
@@ -156,9 +157,10 @@ def _register_all() -> None:
     asdl, needs = Variant("kron ASDL", "kron", _asdl), {"asdl": "asdfghjkl"}
     for rule, link in (("loo", "qmc"), ("gridsearch", "qmc"), ("marglik", "mc")):
         register_laplace(asdl, rule, link, quick=False, requires=needs)
+    limits = {"full": _all_pairs, "gp": lambda _: {"n_subset": MAX_SUBSET}}
     for structure in (cls._key[1] for cls in STRUCTURES):
         if structure != "kron":
-            variant = Variant(structure, structure, _all_pairs if structure == "full" else None)
+            variant = Variant(structure, structure, limits.get(structure))
             for rule in ("loo", "gridsearch"):
                 register_laplace(variant, rule)
 
