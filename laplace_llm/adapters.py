@@ -14,6 +14,7 @@ from torch import nn
 
 from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.errors import AdapterError, OptionError, UnsupportedLayerError
+from laplace_llm.heads import offloaded
 from laplace_llm.tensors import (
     BiasTensor,
     ConvTensor,
@@ -133,7 +134,7 @@ def find_lora_tensors(
     OptionError
         If `sides` is neither.
     AdapterError
-        See `resolve_adapter`; or there are no such tensors.
+        See `resolve_adapter`; there are no such tensors; or they are offloaded.
     UnsupportedLayerError
         If a layer of this adapter is not one of the kinds of `laplace_llm.tensors`; named in the
         message.
@@ -154,6 +155,7 @@ def find_lora_tensors(
         for tensor in _saved(model, adapter, names, rows):
             found[tensor.weight] = tensor
     tensors = [found[parameter] for parameter in names if parameter in found]
+    _check_in_memory(tensors)
     _check_untied(tensors)
     return tensors
 
@@ -248,6 +250,17 @@ def _other_methods(model: nn.Module) -> str:
     configs = [c for m in model.modules() for c in getattr(m, "peft_config", {}).values()]
     kinds = sorted({str(getattr(config.peft_type, "value", "")) for config in configs} - {"LORA"})
     return f": its adapter is {', '.join(kinds)}, and only LoRA is supported" if kinds else ""
+
+
+def _check_in_memory(tensors: list[LoraTensor]) -> None:
+    """Raise AdapterError if accelerate keeps weights on CPU or disk between calls."""
+    for tensor in tensors:
+        if tensor.weight.is_meta and offloaded(tensor.layer):
+            raise AdapterError(
+                f"Expected adapter weights in memory, but {tensor.name!r} is offloaded with its "
+                "layer. Choose a device_map that keeps the layers with an adapter on devices; "
+                "other layers may be offloaded."
+            )
 
 
 def _adapters_of(layer: LoraLayer) -> list[str]:

@@ -1,4 +1,4 @@
-"""Heads on causal language models: what they share, and the one for letters and label words."""
+"""Heads on language models: what they share, and the one for letters and label words."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laplace_llm.collate import continuation
+from laplace_llm.collate import continuation, target
 from laplace_llm.errors import DataError, OptionError
-from laplace_llm.heads import Head, at_least_float32, only_present, present_choices, unwrap
+from laplace_llm.heads import (
+    Head,
+    at_least_float32,
+    moved,
+    offloaded,
+    only_present,
+    present_choices,
+    unwrap,
+)
 
 
 class CausalHead(Head):
-    """What the heads on causal language models share: the backbone, without its vocabulary.
+    """What the heads on language models share: the backbone, without its vocabulary.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+        A Hugging Face AutoModelForCausalLM, or AutoModelForSeq2SeqLM (whose decoder is causal),
+        with or without PEFT around it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +45,7 @@ class CausalHead(Head):
             )
         backbone = inspect.signature(causal.base_model.forward).parameters
         self._takes_positions = "position_ids" in backbone
+        self._encodes = _is_encoder_decoder(causal)
 
     @property
     def _causal(self) -> Any:
@@ -61,7 +71,7 @@ class CausalHead(Head):
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Apply what some architectures do to logits after the vocabulary matrix."""
-        config = self._causal.config.get_text_config()
+        config = self._causal.config.get_text_config(decoder=True)
         if getattr(config, "logits_scaling", None):  # Granite
             logits = logits / config.logits_scaling
         if getattr(config, "logit_scale", None):  # Cohere
@@ -78,29 +88,42 @@ class MultipleChoiceHead(CausalHead):
     Only the last real token's hidden state and the choices' vocabulary rows are used. Those rows
     are a frozen float32 (or better) copy made at construction, `choice_layer`; it is the last layer
     of the head, so the parent's ``subset_of_weights="last_layer"`` works. Where lm_head is not a
-    plain linear layer (it carries an adapter, or PEFT trains it through ``modules_to_save``),
-    there is no copy and its full output is used.
+    plain linear layer (it carries an adapter, or PEFT trains it through ``modules_to_save``) or
+    is offloaded, there is no copy and its full output is used.
+
+    In an encoder-decoder model such as T5 the encoder reads the prompt, and the choice is the first
+    token that the decoder writes.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A Hugging Face AutoModelForCausalLM, with or without PEFT around it.
+        A Hugging Face AutoModelForCausalLM or AutoModelForSeq2SeqLM, with or without PEFT around
+        it.
     choice_token_ids : Sequence[int]
         One token for each of the C choices.
 
     Raises
     ------
     OptionError
-        If the model is not a causal language model, or the tokens are not distinct token ids.
+        If the model is not a language model, has a decoder without a start token, or the tokens
+        are not distinct token ids.
     """
 
     def __init__(self, model: nn.Module, choice_token_ids: Sequence[int]) -> None:
         super().__init__(model)
         lm_head = self._causal.get_output_embeddings()
         self.choice_token_ids = _check_token_ids(choice_token_ids, self._causal)
+        if self._encodes and self._causal.config.decoder_start_token_id is None:
+            raise OptionError(
+                f"Expected an encoder-decoder model with a start token, but "
+                f"{type(self._causal).__name__} has none. Set model.config.decoder_start_token_id."
+            )
         self.choice_layer = None
-        if type(lm_head) is nn.Linear:
+        if type(lm_head) is nn.Linear and not offloaded(lm_head):
             self.choice_layer = _ChoiceLayer.rows_of(lm_head, self.choice_token_ids)
+            shift = getattr(self._causal, "final_logits_bias", None)  # of BART and its relatives
+            if shift is not None:
+                self.choice_layer.add_bias(shift[0, self.choice_token_ids])
 
     @property
     def vocabulary(self) -> nn.Module | None:
@@ -124,18 +147,23 @@ class MultipleChoiceHead(CausalHead):
             The model's tokenizer.
         choices : Sequence[str], default=('A', 'B', 'C', 'D')
             Letters or label words. Each stands for the first token of " " + choice after a
-            prompt's "Answer:".
+            prompt's "Answer:"; in an encoder-decoder model, for that of the choice as a target,
+            which is a text of its own.
 
         Raises
         ------
         OptionError
             If two choices begin with the same token.
         """
-        ids = [continuation(tokenizer, "Answer:", " " + choice.strip())[0] for choice in choices]
+        texts = [choice.strip() for choice in choices]
+        if _is_encoder_decoder(unwrap(model)):
+            ids = [target(tokenizer, text)[0] for text in texts]
+        else:
+            ids = [continuation(tokenizer, "Answer:", " " + text)[0] for text in texts]
         if len(set(ids)) != len(ids):
             raise OptionError(
                 f"Expected choices that begin with different tokens, but {list(choices)} begin "
-                f"with {ids}. Use other words, letters, or ChoiceScoringHead."
+                f"with {ids}. Use other words, letters, or (for causal models) ChoiceScoringHead."
             )
         return cls(model, ids)
 
@@ -164,14 +192,49 @@ class MultipleChoiceHead(CausalHead):
         last = (mask * (positions + 1)).amax(1) - 1
         if bool((last < 0).any()):
             raise DataError("Expected at least one real token in every row, but a mask is all 0.")
-        features = self._hidden(ids, mask)[torch.arange(len(ids), device=ids.device), last]
+        if self._encodes:
+            logits = at_least_float32(self._first_written(ids, mask))
+            return only_present(logits, present_choices(batch))
+        hidden = self._hidden(ids, mask)
+        features = hidden[torch.arange(len(ids)).to(hidden.device), last.to(hidden.device)]
         if self.choice_layer is not None:
-            weight = self.choice_layer.weight
-            logits = self.choice_layer(features.to(weight.device, weight.dtype))
+            logits = self._chosen(features)
         else:
             assert self.vocabulary is not None
             logits = self.vocabulary(features)[:, self.choice_token_ids]
-        return only_present(self._finish(at_least_float32(logits)), present_choices(batch))
+            logits = self._finish(at_least_float32(logits))
+        return only_present(logits, present_choices(batch))
+
+    def _chosen(self, features: Tensor) -> Tensor:
+        """Return the choices' logits (B, C) from what lm_head would be given, (B, d)."""
+        assert self.choice_layer is not None
+        weight = self.choice_layer.weight
+        return self._finish(self.choice_layer(features.to(weight.device, weight.dtype)))
+
+    def _first_written(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the choices' logits (B, C) for the first token that the decoder writes.
+
+        The whole model is called, as what comes between decoder and lm_head differs (T5 scales,
+        FLAN-T5 does not); lm_head sees one position a prompt.
+        """
+        start = ids.new_full((len(ids), 1), self._causal.config.decoder_start_token_id)
+        given: list[Tensor] = []
+        handle = self._causal.get_output_embeddings().register_forward_pre_hook(
+            lambda _module, args: given.append(args[0])
+        )
+        try:
+            logits = self._causal(
+                input_ids=ids,
+                attention_mask=mask,
+                decoder_input_ids=start,
+                use_cache=False,
+                return_dict=True,
+            ).logits
+        finally:
+            handle.remove()
+        if self.choice_layer is None:
+            return logits[:, 0, self.choice_token_ids]
+        return self._chosen(given[0][:, 0])
 
 
 class _ChoiceLayer(nn.Linear):
@@ -192,11 +255,20 @@ class _ChoiceLayer(nn.Linear):
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
+    def add_bias(self, bias: Tensor) -> None:
+        """Add to the layer's bias."""
+        total = bias.to(self.weight) if self.bias is None else self.bias + bias.to(self.bias)
+        self.bias = nn.Parameter(total.detach().clone(), requires_grad=False)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _ChoiceLayer:
         copy = self.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items()})
         return copy.requires_grad_(True)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and bool(model.config.is_encoder_decoder)
 
 
 def _check_token_ids(ids: Sequence[int], causal: PreTrainedModel) -> list[int]:
@@ -216,7 +288,7 @@ def entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.de
     if not isinstance(value, Tensor) or value.ndim != ndim:
         came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
         raise DataError(f"Expected batch[{key!r}] to be a tensor of shape {shape}, but got {came}.")
-    return value.to(device)
+    return moved(value, device)
 
 
 def ids_and_mask(

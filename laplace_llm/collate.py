@@ -54,11 +54,15 @@ class MultipleChoiceCollator:
     n_choices : int, optional
         C, the choices of the head. Needed where rows may have fewer: by default C is the most in a
         batch, and of one whose rows all have as many nothing is said.
+    closing : bool, default=False
+        Whether prompts end with the closing token (EOS) that some tokenizers write. An answer does
+        not follow it in a causal model; the encoders of T5 and its relatives are trained with it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Callable[[Row], str] = letter_prompt
     n_choices: int | None = None
+    closing: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> BatchEncoding:
         """Return ``input_ids`` and ``attention_mask`` (B, T), and ``labels`` (B,) if all have one.
@@ -73,7 +77,7 @@ class MultipleChoiceCollator:
             an index into them.
         """
         labels = _labels(rows) | _present(rows, self.n_choices)
-        sequences = [_ids(self.tokenizer, self.prompt(row)) for row in rows]
+        sequences = [_ids(self.tokenizer, self.prompt(row), self.closing) for row in rows]
         ids, mask = _pad(self.tokenizer, sequences)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask, **labels})
 
@@ -183,11 +187,27 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
     return tail
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise with a leading special token (BOS) but without a closing one (EOS)."""
+def target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the tokens of a text that a decoder is to write, without special ones.
+
+    Raises
+    ------
+    DataError
+        If there are none.
+    """
+    ids = list(tokenizer(text_target=text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise DataError(f"Expected choices with at least one token, but {text!r} has none.")
+    return ids
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, closing: bool = False) -> list[int]:
+    """Tokenise with a leading special token (BOS), and without a closing one (EOS) unless told."""
     ids = list(tokenizer(text)["input_ids"])
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    return ids[:-1] if len(ids) > 1 and ids[-1] in closing else ids
+    if closing:
+        return ids
+    closers = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return ids[:-1] if len(ids) > 1 and ids[-1] in closers else ids
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from laplace_llm.factors import LoraKron
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import check_rank
-from laplace_llm.taps import Batch, Taps
+from laplace_llm.taps import Batch, Taps, gathered
 from laplace_llm.tensors import LoraTensor
 
 
@@ -128,7 +128,7 @@ class StreamingInterface(CurvatureInterface):
     def _rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
         """Yield the per-example gradients (B, P) of each seed."""
         for blocks in run.sweep(seeds, self._outer(run)):
-            yield self._subnetwork(torch.cat(blocks, 1))
+            yield self._subnetwork(gathered(blocks, 1))
 
     def _outer(self, run: Taps) -> Callable[[int, Tensor], Tensor]:
         """Return what turns output gradients (B, S, out) into gradients (B, out * in)."""
@@ -185,7 +185,7 @@ class StreamingInterface(CurvatureInterface):
         outer = self._outer(run)
         squares = run.sweep(columns, lambda i, g: outer(i, g).square().sum(0))
         for parts in squares:
-            state += self._subnetwork(torch.cat(parts))
+            state += self._subnetwork(gathered(parts))
         self._check_finite(state)
         return summary
 
@@ -243,7 +243,8 @@ class StreamingInterface(CurvatureInterface):
     ) -> tuple[list[Tensor], Tensor]:
         """Return the Jacobian of each tensor, (B, K, out * in), and the outputs (B, C).
 
-        One forward and K backward passes.
+        One forward and K backward passes. Every Jacobian is on its tensor's device, the outputs on
+        that of the first tensor.
 
         Parameters
         ----------
@@ -270,7 +271,7 @@ class StreamingInterface(CurvatureInterface):
         jacobians = []
         while blocks:  # free each tensor's list as soon as it is stacked
             jacobians.append(torch.stack(blocks.pop(0), 1))
-        return jacobians, outputs.to(self.dtype)
+        return jacobians, outputs.to(self.tensors[0].weight.device, self.dtype)
 
     # laplace-torch's interface ------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class StreamingInterface(CurvatureInterface):
         """Return Jacobians (B, C, P) and outputs (B, C)."""
         with torch.enable_grad():
             blocks, outputs = self.jacobian_blocks(x, create_graph=enable_backprop)
-        return self._subnetwork(torch.cat(blocks, -1)), outputs
+        return self._subnetwork(gathered(blocks, -1)), outputs
 
     def selected_output_jacobians(
         self, x: Batch, outputs: Tensor, enable_backprop: bool = False

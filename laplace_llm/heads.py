@@ -92,7 +92,7 @@ class SequenceClassificationHead(Head):
         batch = self.prepare(batch)
         device = next(self.model.parameters()).device
         inputs = {
-            key: value.to(device)
+            key: moved(value, device)
             for key, value in batch.items()
             if key in self._accepted and isinstance(value, Tensor)
         }
@@ -204,6 +204,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside a PeftModel (compiled or not), or the model itself."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a value on the device, or as it is where accelerate keeps weights elsewhere (meta).
+
+    Its hooks move the inputs of such a module.
+    """
+    return value if device.type == "meta" else value.to(device)
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate keeps weights of the module on CPU or disk between its calls."""
+    hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+    return hooked and any(parameter.is_meta for parameter in module.parameters())
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_llm.errors import TapError
 from laplace_llm.heads import Head
 from laplace_llm.tensors import LoraTensor
 
@@ -60,7 +61,8 @@ def tapped(
             earlier = readers.get(id(args[0]))
             if earlier is None or earlier[0]() is not args[0]:
                 earlier = readers[id(args[0])] = (weakref.ref(args[0]), index)
-            if tensors[earlier[1]].weight.dtype == tensor.weight.dtype:
+            weight, other = tensor.weight, tensors[earlier[1]].weight
+            if weight.dtype == other.dtype and weight.device == other.device:
                 taps[index].source = earlier[1]
 
         return tensor.layer.register_forward_pre_hook(hook)
@@ -80,6 +82,12 @@ def tapped(
             # Of the calls in one of the layer, the last counts: DoRA's first is on the identity.
             tap = taps[index]
             tap.calls, tap.shape = tap.entered, output.shape
+            if not output.requires_grad:
+                raise TapError(
+                    f"Expected LoRA tensor {tensor.name!r} to be used with gradients, but it was "
+                    "not. Checkpoint layers with use_reentrant=False, and run none of them under "
+                    "torch.no_grad()."
+                )
             if tap.source == index:
                 captured = tensor.captured(args, kwargs, output)
                 tap.captured = captured if create_graph else captured.detach()

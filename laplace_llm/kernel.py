@@ -18,7 +18,7 @@ from laplace_llm.function_space import FunctionSpace
 from laplace_llm.session import borrowed
 from laplace_llm.shards import Shard, as_shard
 from laplace_llm.sketch import test_matrix
-from laplace_llm.taps import Batch, Taps
+from laplace_llm.taps import Batch, Taps, gathered
 
 if TYPE_CHECKING:
     from laplace_llm.posterior import LoraPosterior
@@ -107,12 +107,12 @@ def _pieces(la: LoraPosterior, shard: Shard, limit: float, progress_bar: bool) -
         batches = labelled(shard, la.dict_key_y, la._device, "[Training kernel]", progress_bar)
         for index, (x, y) in enumerate(batches):
             run = taps.forward(la.model, tensors, x)
-            logits = run.logits.detach().double()
+            logits = run.logits.detach().to(la._device, torch.float64)
             labels = check_labels(y, logits, regression, index)
             classes = check_outputs(logits.shape[1], classes, index)
             here = logits.isfinite()
             basis = torch.eye(classes).to(logits) if regression else choice_contrasts(here, logits)
-            untrained = _without_adapter(la.model, off, x).double()
+            untrained = _without_adapter(la.model, off, x).to(logits)
             trained, initial = (
                 (outputs.where(here, 0)[:, None] @ basis)[:, 0] for outputs in (logits, untrained)
             )
@@ -140,7 +140,7 @@ def _features(run: Taps, basis: Tensor, dtype: torch.dtype) -> Tensor:
         return run.tensors[index].outer(gradient, run.inputs(index)).flatten(1)
 
     columns = run.sweep(basis.to(run.logits), features)
-    return torch.stack([torch.cat(parts, 1) for parts in columns], 1)
+    return torch.stack([gathered(parts, 1) for parts in columns], 1)
 
 
 def _gram(features: Tensor, columns: int = 8192) -> Tensor:

@@ -3,7 +3,8 @@
 Each tensor is brought to the shape (r, d), so its curvature is ``small (x) large``: an r x r
 factor that is always dense, and a d x d factor that is dense or low-rank (`laplace_llm.sketch`).
 `LoraKronDecomposed` plays the part of `laplace.utils.KronDecomposed` and never holds a d x d
-matrix for a low-rank side.
+matrix for a low-rank side. Blocks may be on several devices; what is summed over them is on that of
+the prior precision.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class Block:
     def size(self) -> int:
         """Number of weights r * d."""
         return self.small.dim * self.large.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the eigenpairs: that of the tensor."""
+        return self.small.values.device
 
     def scaled(self, small: Tensor | float, large: Tensor | float) -> Block:
         """Return the block with its two factors multiplied."""
@@ -141,14 +147,15 @@ class LoraKronDecomposed:
 
     def _spectra(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
         for block, delta in zip(self.blocks, self.deltas, strict=True):
-            yield block, *block.eigenvalues(delta, self.damping)
+            yield block, *block.eigenvalues(delta.to(block.device), self.damping)
 
     def logdet(self) -> Tensor:
         """Return the log determinant, differentiable in `deltas`."""
         total = self.deltas.new_zeros(())
         for block, kept, rest in self._spectra():
             lost = block.large.dim - kept.shape[-1]
-            total = total + kept.log().sum() + (lost * rest.log().sum() if lost else 0)
+            part = kept.log().sum() + (lost * rest.log().sum() if lost else 0)
+            total = total + part.to(total.device)
         return total
 
     def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
@@ -157,13 +164,13 @@ class LoraKronDecomposed:
         sizes = [block.size for block in self.blocks]
         for part, (block, kept, rest) in zip(W.split(sizes, -1), self._spectra(), strict=True):
             Q, U = block.small.vectors, block.large.vectors
-            rotated = Q.T @ block.fold(part)  # (..., r, d)
+            rotated = Q.T @ block.fold(part.to(block.device))  # (..., r, d)
             kept, rest = kept**exponent, rest[:, None] ** exponent
             if kept.shape[-1] < block.large.dim:
                 out = ((kept - rest) * (rotated @ U)) @ U.T + rest * rotated
             else:
                 out = (kept * (rotated @ U)) @ U.T
-            parts.append(block.unfold(Q @ out))
+            parts.append(block.unfold(Q @ out).to(W.device))
         return torch.cat(parts, -1)
 
     def inv_square_form(self, W: Tensor) -> Tensor:
@@ -202,8 +209,9 @@ class LoraKronDecomposed:
 
     def _parts(self, jacobians: Sequence[Tensor], deltas: Tensor) -> Iterator[Tensor]:
         for index, (block, jacobian) in enumerate(zip(self.blocks, jacobians, strict=True)):
-            kept, rest = block.eigenvalues(deltas[:, index], self.damping)  # (G, r, k), (G, r)
-            rotated = block.small.vectors.T @ block.fold(jacobian.to(kept.dtype))
+            delta = deltas[:, index].to(block.device)
+            kept, rest = block.eigenvalues(delta, self.damping)  # (G, r, k), (G, r)
+            rotated = block.small.vectors.T @ block.fold(jacobian.to(kept))
             inner = rotated @ block.large.vectors  # (B, C, r, k)
             if kept.shape[-1] < block.large.dim:
                 gram = torch.einsum("bcrd,berd->bcer", rotated, rotated)
@@ -211,7 +219,7 @@ class LoraKronDecomposed:
                 part = part + torch.einsum("bcer,gr->gbce", gram, rest.reciprocal())
             else:
                 part = _pairs(inner, kept.reciprocal())
-            yield part
+            yield part.to(deltas.device)
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Return the diagonal of ``self ** exponent``, shape (P,)."""
@@ -220,7 +228,8 @@ class LoraKronDecomposed:
             Q2, U2 = block.small.vectors.square(), block.large.vectors.square()
             kept, rest = kept**exponent, rest[:, None] ** exponent
             complement = 1 - U2.sum(1) if kept.shape[-1] < block.large.dim else 0 * U2.sum(1)
-            parts.append(block.unfold(Q2 @ (kept @ U2.T + rest * complement)))
+            part = block.unfold(Q2 @ (kept @ U2.T + rest * complement))
+            parts.append(part.to(self.deltas.device))
         return torch.cat(parts)
 
     def to_matrix(self, exponent: float = 1) -> Tensor:

@@ -104,12 +104,13 @@ class LowRankPrecision:
         basis = (vectors / values.sqrt()).to(dtype)  # (m, k): Q = basis^T R'
         inside: Tensor | float = 0.0
         for jacobian, (scale, rows) in zip(jacobians, self._whitened(), strict=True):
-            inside = inside + (jacobian * scale) @ rows.T @ basis  # (B, C, k)
+            scaled = jacobian.to(scale.device) * scale
+            inside = inside + scaled @ rows.T @ basis  # (B, C, k)
         assert isinstance(inside, Tensor)
         outside: Tensor | float = 0.0
         for jacobian, (scale, rows) in zip(jacobians, self._whitened(), strict=True):
             # The part that no row explains, itself and not as a difference of two large squares.
-            rest = jacobian * scale - (inside @ basis.T) @ rows
+            rest = jacobian.to(scale.device) * scale - (inside @ basis.T) @ rows
             outside = outside + rest @ rest.mT
         assert isinstance(outside, Tensor)
         scales = scales.to(dtype)[:, None]

@@ -88,6 +88,14 @@ def glm_moments(
 def _slice_rows(backend: StreamingInterface, n_outputs: int) -> int:
     """Return how many examples' Jacobians are held at once."""
     weights = sum(tensor.numel for tensor in backend.tensors)
-    model = sum(p.numel() * p.element_size() for p in backend.model.parameters())
+    model = sum(_bytes(parameter) for parameter in backend.model.parameters())
     budget = max(JACOBIAN_BYTES, int(JACOBIAN_SHARE * model))
     return max(budget // (weights * n_outputs * backend.dtype.itemsize), 1)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the memory of a tensor; of a quantised one (torchao's) that of what it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

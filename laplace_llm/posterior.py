@@ -194,7 +194,7 @@ class LoraPosterior(ParametricLaplace):
         if len(values) == self.n_params:
             return values
         sizes = torch.tensor([tensor.numel for tensor in self.tensors], device=values.device)
-        return values.expand(self.n_layers).repeat_interleave(sizes)
+        return values.expand(self.n_layers).repeat_interleave(sizes, output_size=self.n_params)
 
     @property
     def _prior_lengths(self) -> list[int]:

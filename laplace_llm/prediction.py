@@ -252,7 +252,7 @@ class LoraPredictive(LoraPosterior):
             with self._borrowed(), torch.set_grad_enabled(self.enable_backprop):
                 outputs = functional_call(self.model, weights, (X,), model_kwargs)
             check_logits(outputs)
-            yield outputs.to(self._dtype)
+            yield outputs.to(self._device, self._dtype)
 
     def _nn_functional_samples(
         self,

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +155,7 @@ class LowRankGGN:
 
     def blocks(self) -> list[tuple[int, int]]:
         """Return the first and last column (exclusive) of each tensor."""
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        ends = list(accumulate(self.sizes))
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def add(self, rows: Tensor) -> None:

@@ -28,7 +28,8 @@ class ChoiceScoringHead(CausalHead):
     Raises
     ------
     OptionError
-        If the model is not a causal language model, or `normalization` is unknown.
+        If the model is not a causal language model (encoder-decoder models are not), or
+        `normalization` is unknown.
     UnsupportedLayerError
         If lm_head carries an adapter.
     """
@@ -37,6 +38,12 @@ class ChoiceScoringHead(CausalHead):
         super().__init__(model)
         if normalization not in ("sum", "mean"):
             raise OptionError(f"Expected normalization='sum' or 'mean', but got {normalization!r}.")
+        if self._encodes:
+            raise OptionError(
+                f"ChoiceScoringHead scores what follows a question in one sequence, but "
+                f"{type(self._causal).__name__} is an encoder-decoder model. Use "
+                "MultipleChoiceHead with letters or label words."
+            )
         if isinstance(self._causal.get_output_embeddings(), LoraLayer):
             raise UnsupportedLayerError(
                 "ChoiceScoringHead does not support an adapter on lm_head yet. Leave lm_head out "

@@ -85,15 +85,23 @@ class Taps:
             Whether the graph may be freed.
         create_graph : bool, default=False
             Whether the result is to be differentiated again.
+
+        Raises
+        ------
+        TapError
+            If the logits depend on padding, so that the gradient without it is not theirs.
         """
         results: dict[int, T] = {}
+        leaks: dict[int, Tensor] = {}
 
         def consumer(index: int) -> Callable[[Tensor], None]:
             tensor, tap = self.tensors[index], self._taps[index]
 
             def take(gradient: Tensor) -> None:
-                gradient = tensor.gradients(gradient, tap.captured)
-                by_example = _by_example(gradient, self._masks[index], len(self.logits))
+                gradient, mask = tensor.gradients(gradient, tap.captured), self._masks[index]
+                if mask is not None:
+                    leaks[index] = _reaches_padding(gradient, mask)
+                by_example = _by_example(gradient, mask, len(self.logits))
                 results[index] = consume(index, by_example)
 
             return take
@@ -116,7 +124,21 @@ class Taps:
         for index, tap in enumerate(self._taps):
             if index not in results:
                 consumer(index)(self.tensors[index].weight.new_zeros(tap.shape))
+        self._check_padding(leaks)
         return [results[index] for index in range(len(self._taps))]
+
+    def _check_padding(self, leaks: dict[int, Tensor]) -> None:
+        """Raise TapError if some gradient is not zero on padding, where it was left out."""
+        device = self.logits.device  # gathered first: one synchronisation, not one a tensor
+        if not leaks or not bool(torch.stack([leak.to(device) for leak in leaks.values()]).any()):
+            return
+        index = next(i for i, leak in leaks.items() if bool(leak))
+        raise TapError(
+            f"Expected logits that do not depend on padding, but they do, through LoRA tensor "
+            f"{self.tensors[index].name!r} on positions that attention_mask marks as padding. Pad "
+            "on the side that the model expects (encoders read their first token, so the right), "
+            "or mask these positions in the model."
+        )
 
     def sweep(
         self,
@@ -235,6 +257,11 @@ def _first_not_finite(model: nn.Module, run: Taps, batch: Batch) -> str | None:
     return found[0] if found else None
 
 
+def gathered(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return what tensors on several devices hold, concatenated on the device of the first."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim)
+
+
 def _token_mask(
     tensor: LoraTensor, shape: torch.Size, attention_mask: Tensor | None, n_examples: int
 ) -> Tensor | None:
@@ -246,7 +273,7 @@ def _token_mask(
             f"positions for each of {n_examples} examples, but its shape is "
             f"{tuple(shape)}. Batches must be example-major."
         )
-    if attention_mask is None or rows == n_examples:
+    if attention_mask is None or rows == n_examples:  # pooled, or a decoder's first
         return None
     if rows == attention_mask.shape[:-1].numel():  # pooled: one position for each sequence
         attention_mask = attention_mask.bool().any(-1)
@@ -258,6 +285,12 @@ def _token_mask(
         )
     mask = attention_mask.reshape(n_examples, -1).to(tensor.weight.device, torch.bool)
     return None if bool(mask.all()) else mask
+
+
+def _reaches_padding(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Return whether an output gradient (..., d) is other than zero, or NaN, on padding."""
+    largest = gradient.detach().abs().amax(-1).view_as(mask)
+    return ((largest > 0) & ~mask).any()
 
 
 def _by_example(activation: Tensor, mask: Tensor | None, n_examples: int) -> Tensor:

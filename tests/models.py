@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -12,16 +13,50 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -49,104 +84,195 @@ LLAMA_SHAPE: dict[str, Any] = {
 # Models -------------------------------------------------------------------------------------------
 
 
-def tiny_llama(
+class Architecture(NamedTuple):
+    """A real model class, small: how to build it, and which of its layers usually get LoRA."""
+
+    model: type[PreTrainedModel]
+    config: type[PretrainedConfig]
+    options: dict[str, Any]
+    task: TaskType
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+ENCODER_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
+T5_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 2,
+}
+GEMMA_SHAPE: dict[str, Any] = {**LLAMA_SHAPE, "head_dim": 4}
+# The default way to run experts does not take float64.
+EXPERTS: dict[str, Any] = {
+    **LLAMA_SHAPE,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "experts_implementation": "eager",
+}
+
+CAUSAL_ARCHITECTURES: dict[str, Architecture] = {
+    name: Architecture(model, config, options, TaskType.CAUSAL_LM, *targets)
+    for name, (model, config, options, *targets) in {
+        "llama": (LlamaForCausalLM, LlamaConfig, LLAMA_SHAPE),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config, LLAMA_SHAPE),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**LLAMA_SHAPE, "head_dim": 8}),
+        "qwen3_moe": (
+            Qwen3MoeForCausalLM,
+            Qwen3MoeConfig,
+            EXPERTS | {"head_dim": 8, "num_experts": 4},
+        ),
+        "mistral": (MistralForCausalLM, MistralConfig, LLAMA_SHAPE | {"sliding_window": 4}),
+        "mixtral": (MixtralForCausalLM, MixtralConfig, EXPERTS | {"num_local_experts": 4}),
+        "gemma": (GemmaForCausalLM, GemmaConfig, GEMMA_SHAPE),
+        # Every second layer sees a window, and logits are capped.
+        "gemma2": (
+            Gemma2ForCausalLM,
+            Gemma2Config,
+            GEMMA_SHAPE | {"sliding_window": 4, "query_pre_attn_scalar": 4},
+        ),
+        "gemma3": (
+            Gemma3ForCausalLM,
+            Gemma3TextConfig,
+            GEMMA_SHAPE | {"sliding_window": 4, "query_pre_attn_scalar": 4},
+        ),
+        "phi": (PhiForCausalLM, PhiConfig, LLAMA_SHAPE | {"num_key_value_heads": 4}),
+        "phi3": (Phi3ForCausalLM, Phi3Config, LLAMA_SHAPE | NO_SPECIAL_TOKENS, ("qkv_proj",)),
+        # LoRA sits on a Conv1D, and positions are absolute.
+        "gpt2": (
+            GPT2LMHeadModel,
+            GPT2Config,
+            {
+                "vocab_size": VOCABULARY,
+                "n_embd": HIDDEN,
+                "n_layer": 2,
+                "n_head": 2,
+                "n_positions": 64,
+                "initializer_range": 0.3,
+                **NO_SPECIAL_TOKENS,
+            },
+            ("c_attn",),
+        ),
+        # Positions are learned, and offset.
+        "opt": (
+            OPTForCausalLM,
+            OPTConfig,
+            {
+                "vocab_size": VOCABULARY,
+                "hidden_size": HIDDEN,
+                "word_embed_proj_dim": HIDDEN,
+                "ffn_dim": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 64,
+                "init_std": 0.3,
+                "pad_token_id": 0,
+                **NO_SPECIAL_TOKENS,
+            },
+        ),
+        "gpt_neox": (
+            GPTNeoXForCausalLM,
+            GPTNeoXConfig,
+            ENCODER_SHAPE | NO_SPECIAL_TOKENS,
+            ("query_key_value",),
+        ),
+    }.items()
+}
+# Classifiers of (B, T), or of (B, C, T) for multiple choice. PEFT keeps a trainable copy of their
+# classification layer.
+CLASSIFIER_ARCHITECTURES: dict[str, Architecture] = {
+    name: Architecture(model, config, options, TaskType.SEQ_CLS, targets)
+    for name, (model, config, options, targets) in {
+        "bert": (BertForSequenceClassification, BertConfig, ENCODER_SHAPE, ("query", "value")),
+        "roberta": (
+            RobertaForSequenceClassification,
+            RobertaConfig,
+            ENCODER_SHAPE,
+            ("query", "value"),
+        ),
+        "bert_choices": (BertForMultipleChoice, BertConfig, ENCODER_SHAPE, ("query", "value")),
+        "llama": (LlamaForSequenceClassification, LlamaConfig, LLAMA_SHAPE, ("q_proj", "v_proj")),
+        "t5": (T5ForSequenceClassification, T5Config, T5_SHAPE, ("q", "v")),
+    }.items()
+}
+SEQ2SEQ_ARCHITECTURES: dict[str, Architecture] = {
+    name: Architecture(model, config, options, TaskType.SEQ_2_SEQ_LM, targets)
+    for name, (model, config, options, targets) in {
+        "t5": (T5ForConditionalGeneration, T5Config, T5_SHAPE, ("q", "v")),
+        # As in T5 1.1 and FLAN-T5: gated, and without scaling before lm_head.
+        "t5_1_1": (
+            T5ForConditionalGeneration,
+            T5Config,
+            {**T5_SHAPE, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+            ("q", "v"),
+        ),
+        "bart": (
+            BartForConditionalGeneration,
+            BartConfig,
+            {
+                "vocab_size": VOCABULARY,
+                "d_model": HIDDEN,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "encoder_ffn_dim": 24,
+                "decoder_ffn_dim": 24,
+                "max_position_embeddings": 64,
+                "init_std": 0.3,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 2,
+                "forced_eos_token_id": None,
+            },
+            ("q_proj", "v_proj"),
+        ),
+    }.items()
+}
+
+
+def tiny(
+    architecture: Architecture,
     dtype: torch.dtype = torch.float64,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | str | None = None,
     rank: int = 3,
     seed: int = 0,
+    classes: int | None = None,
     **lora_kwargs: Any,
 ) -> PeftModel:
-    """Return a causal LM with rotary positions and grouped-query attention."""
+    """Return a small random model of a real class, with random LoRA on some of its layers."""
 
     def build() -> nn.Module:
-        return _with_exact_norms(LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPE)))
+        options = architecture.options | ({} if classes is None else {"num_labels": classes})
+        return _with_exact_norms(architecture.model(architecture.config(**options)))
 
-    return _with_lora(
-        build, dtype, targets, rank, seed, task_type=TaskType.CAUSAL_LM, **lora_kwargs
-    )
-
-
-def tiny_gpt2(
-    dtype: torch.dtype = torch.float64,
-    targets: Sequence[str] = ("c_attn",),
-    rank: int = 3,
-    seed: int = 0,
-    **lora_kwargs: Any,
-) -> PeftModel:
-    """Return a causal LM with absolute positions whose LoRA sits on a Conv1D."""
-
-    def build() -> nn.Module:
-        config = GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=HIDDEN,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return GPT2LMHeadModel(config)
-
-    lora_kwargs = {"fan_in_fan_out": True, "task_type": TaskType.CAUSAL_LM, **lora_kwargs}
-    return _with_lora(build, dtype, targets, rank, seed, **lora_kwargs)
+    if architecture.model is GPT2LMHeadModel:
+        lora_kwargs = {"fan_in_fan_out": True, **lora_kwargs}
+    lora_kwargs = {"task_type": architecture.task, **lora_kwargs}
+    return _with_lora(build, dtype, targets or architecture.targets, rank, seed, **lora_kwargs)
 
 
-def tiny_opt(
-    dtype: torch.dtype = torch.float64,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
-    rank: int = 3,
-    seed: int = 0,
-    **lora_kwargs: Any,
-) -> PeftModel:
-    """Return a causal LM with learned, offset positions."""
-
-    def build() -> nn.Module:
-        config = OPTConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            word_embed_proj_dim=HIDDEN,
-            ffn_dim=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            init_std=0.3,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return OPTForCausalLM(config)
-
-    return _with_lora(
-        build, dtype, targets, rank, seed, task_type=TaskType.CAUSAL_LM, **lora_kwargs
-    )
-
-
-def tiny_bert_classifier(
-    dtype: torch.dtype = torch.float64,
-    targets: Sequence[str] = ("query", "value"),
-    rank: int = 3,
-    seed: int = 0,
-    classes: int = 3,
-    **lora_kwargs: Any,
-) -> PeftModel:
-    """Return a sequence classifier; PEFT keeps a trainable copy of its classification layer."""
-
-    def build() -> nn.Module:
-        config = BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            num_labels=classes,
-            initializer_range=0.3,
-            pad_token_id=0,
-        )
-        return BertForSequenceClassification(config)
-
-    return _with_lora(build, dtype, targets, rank, seed, task_type=TaskType.SEQ_CLS, **lora_kwargs)
+tiny_llama = partial(tiny, CAUSAL_ARCHITECTURES["llama"])
+tiny_gpt2 = partial(tiny, CAUSAL_ARCHITECTURES["gpt2"])
+tiny_opt = partial(tiny, CAUSAL_ARCHITECTURES["opt"])
+tiny_bert_classifier = partial(tiny, CLASSIFIER_ARCHITECTURES["bert"], classes=3)
+tiny_bert_choices = partial(tiny, CLASSIFIER_ARCHITECTURES["bert_choices"])
 
 
 class MLP(nn.Module):
@@ -212,7 +338,7 @@ def conv_batch(n: int, seed: int = 0, dims: int = 2) -> tuple[Tensor, Tensor]:
 def _with_lora(
     build: Callable[[], nn.Module],
     dtype: torch.dtype,
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     rank: int,
     seed: int,
     **lora_kwargs: Any,
@@ -222,7 +348,8 @@ def _with_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules=list(targets), **kwargs))
+        layers = targets if isinstance(targets, str) else list(targets)
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=layers, **kwargs))
         for name, parameter in model.named_parameters():
             if "lora_" in name and parameter.ndim == 1:  # biases and magnitudes, as if trained
                 parameter.data.add_(0.2 * torch.randn_like(parameter))
@@ -238,6 +365,22 @@ def _with_exact_norms(model: nn.Module) -> nn.Module:
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
                 setattr(module, name, norm)
     return model
+
+
+class KeepingFloat64(TorchFunctionMode):
+    """Round no float64 to float32 on the way: norms, softmax and rotary positions usually are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 # Heads --------------------------------------------------------------------------------------------

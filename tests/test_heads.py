@@ -18,6 +18,7 @@ from models import (
     ragged_choices,
     ragged_letters,
     scoring_head,
+    tiny_bert_choices,
     tiny_bert_classifier,
     tiny_gpt2,
     tiny_llama,
@@ -28,13 +29,7 @@ from models import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    BatchEncoding,
-    BertConfig,
-    BertForMultipleChoice,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from transformers import BatchEncoding, LlamaConfig, LlamaForSequenceClassification
 
 from laplace_llm import ChoiceScoringHead, MultipleChoiceHead, SequenceClassificationHead
 from laplace_llm.adapters import find_lora_tensors
@@ -56,21 +51,6 @@ def full_logits(model: nn.Module, row: Tensor) -> Tensor:
     """Return the model's own logits (T, V) of one sequence without padding."""
     with torch.no_grad():
         return model(input_ids=row[None]).logits[0]
-
-
-def bert_multiple_choice(dtype: torch.dtype = torch.float64) -> PeftModel:
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    lora = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
-    return get_peft_model(BertForMultipleChoice(config), lora).to(dtype).eval()
 
 
 # MultipleChoiceHead -------------------------------------------------------------------------------
@@ -484,7 +464,7 @@ BAD_PRESENT = {
     [
         (lambda: letter_head(classes=4), ragged_letters),
         (scoring_head, ragged_choices),
-        (lambda: SequenceClassificationHead(bert_multiple_choice()), ragged_choices),
+        (lambda: SequenceClassificationHead(tiny_bert_choices()), ragged_choices),
     ],
     ids=["letters", "scored", "classifier"],
 )
@@ -503,7 +483,7 @@ def test_a_present_choice_without_tokens_is_refused():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_multiple_choice_models_leave_absent_choices_out(attention):
-    model, batch = with_attention(bert_multiple_choice, attention), ragged_choices(5)
+    model, batch = with_attention(tiny_bert_choices, attention), ragged_choices(5)
     head, present = SequenceClassificationHead(model), batch["choice_present"]
     logits = head(batch)
     assert torch.equal(logits == -torch.inf, ~present)
@@ -524,7 +504,7 @@ def test_classifier_head_returns_the_models_logits():
 
 
 def test_multiple_choice_models_are_classifiers_too():
-    model, batch = bert_multiple_choice(), choice_batch(3)
+    model, batch = tiny_bert_choices(), choice_batch(3)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     logits = SequenceClassificationHead(model)(batch)
     assert logits.shape == (3, 3)
@@ -538,7 +518,7 @@ def test_classifier_logits_come_in_float32_or_better(dtype):
 
 
 @pytest.mark.parametrize(
-    ("build", "make"), [(tiny_bert_classifier, letter_batch), (bert_multiple_choice, choice_batch)]
+    ("build", "make"), [(tiny_bert_classifier, letter_batch), (tiny_bert_choices, choice_batch)]
 )
 def test_a_bare_classifier_is_wrapped(build, make):
     model = build()

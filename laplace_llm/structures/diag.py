@@ -46,13 +46,14 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         variances = self.posterior_variance.split([j.shape[-1] for j in jacobians])
-        return torch.stack([(j * v) @ j.mT for j, v in zip(jacobians, variances, strict=True)]).sum(
-            0
-        )
+        on_one_device = [j.to(self.mean.device) for j in jacobians]
+        parts = [(j * v) @ j.mT for j, v in zip(on_one_device, variances, strict=True)]
+        return torch.stack(parts).sum(0)
 
     def _tensor_variances(self, jacobians: Sequence[Tensor], values: Tensor) -> Tensor:
         parts = []
         curvature = (self._H_factor * self.H).split([j.shape[-1] for j in jacobians])
         for jacobian, precision in zip(jacobians, curvature, strict=True):
+            jacobian = jacobian.to(precision.device)
             parts.append(torch.stack([(jacobian / (precision + v)) @ jacobian.mT for v in values]))
         return torch.stack(parts, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_llm._compat import FullLaplace
 from laplace_llm.curvature import BatchSummary
 from laplace_llm.laplace import LoraLaplace
-from laplace_llm.taps import Batch
+from laplace_llm.taps import Batch, gathered
 
 
 class FullLoraLaplace(LoraLaplace, FullLaplace):
@@ -37,4 +37,4 @@ class FullLoraLaplace(LoraLaplace, FullLaplace):
         self._posterior_scale = None
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
-        return self.functional_variance(torch.cat(list(jacobians), -1))
+        return self.functional_variance(gathered(jacobians, -1))
