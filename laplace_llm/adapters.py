@@ -7,14 +7,13 @@ from typing import Literal, get_args
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.errors import AdapterError, OptionError, UnsupportedLayerError
 from laplace_llm.heads import offloaded
+from laplace_llm.layers import adapters_of, check_supported, lora_layers, other_methods
 from laplace_llm.tensors import (
     BiasTensor,
     ConvTensor,
@@ -25,9 +24,6 @@ from laplace_llm.tensors import (
 )
 
 Sides = Literal["AB", "B"]
-
-# PEFT containers that read the weights of lora_A and lora_B without calling the modules.
-_WEIGHTS_READ_DIRECTLY = {"lora.ParamWrapper", "lora.MultiheadAttention"}
 
 
 def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
@@ -52,12 +48,12 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
     UnsupportedLayerError
         If the model carries an adapter of another PEFT method.
     """
-    layers = dict(_lora_layers(model))
-    known = sorted({name for layer in layers.values() for name in _adapters_of(layer)})
+    layers = dict(lora_layers(model))
+    known = sorted({name for layer in layers.values() for name in adapters_of(layer)})
     if not known:
         raise AdapterError(
             f"Expected a model with PEFT LoRA layers, but {type(model).__name__} has none"
-            f"{_other_methods(model)}. Wrap it with peft.get_peft_model(model, LoraConfig(...)) "
+            f"{other_methods(model)}. Wrap it with peft.get_peft_model(model, LoraConfig(...)) "
             "first."
         )
     active = active_adapters(model)
@@ -73,7 +69,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
             "Pass one of these names as adapter=..."
         )
     for name, layer in layers.items():
-        if adapter not in _adapters_of(layer):
+        if adapter not in adapters_of(layer):
             continue
         if layer.disable_adapters:
             raise AdapterError(
@@ -95,7 +91,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the LoRA adapters that take part in the forward pass."""
-    layers = [layer for _, layer in _lora_layers(model)]
+    layers = [layer for _, layer in lora_layers(model)]
     return list({name: None for layer in layers for name in layer.active_adapters})
 
 
@@ -145,9 +141,9 @@ def find_lora_tensors(
     rows = _rows_that_are_read(model) if choice_rows else {}
     names = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[nn.Parameter, LoraTensor] = {}
-    for name, layer in _lora_layers(model):
-        if adapter in _adapters_of(layer):
-            _check_supported(name, layer, adapter)
+    for name, layer in lora_layers(model):
+        if adapter in adapters_of(layer):
+            check_supported(name, layer, adapter)
             for tensor in _tensors_of(layer, adapter, names, rows.get(layer)):
                 if tensor.role == "B" or sides == "AB":
                     found[tensor.weight] = tensor
@@ -234,24 +230,6 @@ def lora_dtype(tensors: list[LoraTensor]) -> torch.dtype:
     return dtype
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
-            raise UnsupportedLayerError(
-                f"Layer {name!r} is a {type(module).__module__}.{type(module).__name__}. Only LoRA "
-                "adapters are supported; other PEFT methods are not."
-            )
-
-
-def _other_methods(model: nn.Module) -> str:
-    """Name the PEFT methods that leave no layers behind, such as prompt tuning."""
-    configs = [c for m in model.modules() for c in getattr(m, "peft_config", {}).values()]
-    kinds = sorted({str(getattr(config.peft_type, "value", "")) for config in configs} - {"LORA"})
-    return f": its adapter is {', '.join(kinds)}, and only LoRA is supported" if kinds else ""
-
-
 def _check_in_memory(tensors: list[LoraTensor]) -> None:
     """Raise AdapterError if accelerate keeps weights on CPU or disk between calls."""
     for tensor in tensors:
@@ -261,38 +239,3 @@ def _check_in_memory(tensors: list[LoraTensor]) -> None:
                 "layer. Choose a device_map that keeps the layers with an adapter on devices; "
                 "other layers may be offloaded."
             )
-
-
-def _adapters_of(layer: LoraLayer) -> list[str]:
-    return sorted({key for part in ("lora_A", "lora_embedding_A") for key in getattr(layer, part)})
-
-
-def _check_supported(name: str, layer: LoraLayer, adapter: str) -> None:
-    """Refuse by name whatever is not ``x -> B(A(x))`` in a form that can be tapped."""
-    # "lora.Linear", "adalora.SVDLinear"
-    kind = f"{type(layer).__module__.split('.')[2]}.{type(layer).__name__}"
-    variant = getattr(layer, "lora_variant", {}).get(adapter)  # since PEFT 0.16
-    dora = adapter in (layer.lora_magnitude_vector or {})
-    embedded = adapter in layer.lora_embedding_A
-    reason = None
-    if kind in _WEIGHTS_READ_DIRECTLY or not (embedded or adapter in layer.lora_A):
-        reason = f"its container {kind} is not supported, which uses lora_A as no module"
-    elif variant is not None and "Dora" not in type(variant).__name__:
-        reason = f"its LoRA variant {type(variant).__name__} is not supported"
-    elif embedded:
-        reason = f"DoRA is not supported in {kind}" if dora else None
-    else:
-        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-        kinds = {type(A), type(B)}
-        if kinds not in ({nn.Linear}, {nn.Conv1d}, {nn.Conv2d}):
-            names = " and ".join(sorted(each.__name__ for each in kinds))
-            reason = f"in its container {kind} the factors are {names}, which is not supported"
-        elif nn.Linear not in kinds and (A.groups, B.groups) != (1, 1):
-            reason = "grouped convolutions are not supported"
-        elif nn.Linear not in kinds and dora:
-            reason = f"DoRA is not supported in {kind}"
-    if reason is not None:
-        raise UnsupportedLayerError(
-            f"Cannot put a posterior over adapter {adapter!r} in layer {name!r}: {reason}. "
-            "Leave this layer out of LoraConfig(target_modules=...)."
-        )
