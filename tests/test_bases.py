@@ -38,6 +38,8 @@ from laplace_llm.errors import AdapterError, TapError
 from laplace_llm.kernel import training_space
 from laplace_llm.sketch import test_matrix
 
+pytestmark = pytest.mark.xdist_group("bases")
+
 STRUCTURES = ["kron", "diag", "full", "lowrank"]
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 TRAIN, TEST = letter_batch(8, seed=1), letter_batch(5)

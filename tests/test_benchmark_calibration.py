@@ -55,6 +55,8 @@ from laplace_llm.moments import Moments
 from laplace_llm.tasks import Task, Template, load_task, register_task
 from laplace_llm.tasks import registry as tasks_registry
 
+pytestmark = pytest.mark.xdist_group("benchmark_calibration")
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "add_a_method.py"
 FEW = ["MAP", "temperature", "Laplace-LoRA kron, loo", "Laplace-LoRA diag, gridsearch"]
 

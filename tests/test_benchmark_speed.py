@@ -17,6 +17,8 @@ from laplace_llm.benchmark.speed.four_bit import four_bit
 from laplace_llm.benchmark.speed.operations import Operation, Row
 from laplace_llm.benchmark.speed.presets import Preset, Problem, Workload
 
+pytestmark = pytest.mark.xdist_group("benchmark_speed")
+
 TINY = Workload.of("tiny", "cpu")
 CPU = torch.device("cpu")
 

@@ -25,6 +25,8 @@ from laplace_llm.errors import OptionError, UnsupportedLayerError
 from laplace_llm.kernel import training_space
 from laplace_llm.splits import dealt
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
 
