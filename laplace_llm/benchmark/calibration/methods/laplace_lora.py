@@ -25,6 +25,7 @@ from laplace_llm.tensors import LoraTensor
 
 MAX_DENSE = 5_000  # weights of which all pairs are kept
 MAX_SUBSET = 256  # questions whose Jacobians are kept
+SLOW = ("ekfac", "gp")  # a second pass, and a Jacobian of every question
 RULES_THAT_VALIDATE = ("gridsearch", "val_grad")
 # What `optimize_prior_precision` does by default, without validation data and with it.
 DEFAULT, DEFAULT_VALIDATED = "Laplace-LoRA kron, loo", "Laplace-LoRA kron, gridsearch"
@@ -133,7 +134,7 @@ def _asdl(tensors: list[LoraTensor]) -> dict[str, Any]:
 
 
 def _all_pairs(tensors: list[LoraTensor]) -> dict[str, Any]:
-    weights = sum(tensor.weight.numel() for tensor in tensors)
+    weights = sum(tensor.numel for tensor in tensors)
     if weights > MAX_DENSE:
         raise NotApplicable(f"a matrix of {weights:,} x {weights:,} (at most {MAX_DENSE:,})")
     return {}
@@ -162,7 +163,7 @@ def _register_all() -> None:
         if structure != "kron":
             variant = Variant(structure, structure, limits.get(structure))
             for rule in ("loo", "gridsearch"):
-                register_laplace(variant, rule)
+                register_laplace(variant, rule, quick=structure not in SLOW)
 
 
 _register_all()
