@@ -14,6 +14,7 @@ from laplace_llm.collate import (
 )
 from laplace_llm.errors import LaplaceLLMError
 from laplace_llm.heads import SequenceClassificationHead
+from laplace_llm.loading import from_pretrained
 from laplace_llm.scoring_head import ChoiceScoringHead
 from laplace_llm.shards import Shard
 from laplace_llm.shared import shared_moments_grid
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "ELLALoraLaplace",
     "VaLLALoraLaplace",
     "shared_moments_grid",
+    "from_pretrained",
     # curvature backends
     "StreamingGGN",
     "StreamingEF",

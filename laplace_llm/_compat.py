@@ -28,6 +28,7 @@ from laplace_llm.errors import OptionError
 
 try:
     from laplace.baselaplace import ELLA, BaseFunctionalLaplace, VaLLA
+    from laplace.utils.functional_utils import _model_fingerprint as model_fingerprint
 except ImportError:
 
     class BaseFunctionalLaplace:  # type: ignore[no-redef]
@@ -38,6 +39,10 @@ except ImportError:
                 "Expected laplace-torch >= 0.3, which has ELLA and VaLLA, but an earlier one is "
                 "installed. Run pip install 'laplace-torch>=0.3', or use hessian_structure='gp'."
             )
+
+    def model_fingerprint(model: Any) -> dict[str, Any]:
+        """Return what the two below recognise a model by."""
+        raise NotImplementedError
 
     class ELLA(BaseFunctionalLaplace):  # type: ignore[no-redef]
         """What laplace-torch before 0.3 does not have."""
@@ -64,6 +69,7 @@ __all__ = [
     "VaLLA",
     "computed_here",
     "default_loss",
+    "model_fingerprint",
     "parent_factory",
     "parent_marglik",
     "validate",

@@ -45,6 +45,11 @@ class StreamingGGN(StreamingInterface, GGNInterface):
         self.stochastic = stochastic
         self.mc_samples = mc_samples
 
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's options of the curvature, defaults worked out."""
+        sampled = {"stochastic": self.stochastic, "mc_samples": self.mc_samples}
+        return {**super().options(), **sampled}
+
     def _seeds(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.likelihood == "regression":
             if self.stochastic:

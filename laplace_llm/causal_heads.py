@@ -125,6 +125,10 @@ class MultipleChoiceHead(CausalHead):
             if shift is not None:
                 self.choice_layer.add_bias(shift[0, self.choice_token_ids])
 
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments besides the model, as JSON can hold them."""
+        return {"choice_token_ids": list(self.choice_token_ids)}
+
     @property
     def vocabulary(self) -> nn.Module | None:
         """The vocabulary matrix that `forward` calls; None where it has a copy of the rows."""

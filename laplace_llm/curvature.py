@@ -20,7 +20,7 @@ from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
-from laplace_llm.sketch import check_rank
+from laplace_llm.sketch import DEFAULT_RANK, check_rank
 from laplace_llm.taps import Batch, Taps, gathered
 from laplace_llm.tensors import LoraTensor
 
@@ -112,6 +112,11 @@ class StreamingInterface(CurvatureInterface):
         self.tensors = list(tensors)
         self.dtype = lora_dtype(self.tensors)
         _check_trainable(self.params_dict, [tensor.name for tensor in self.tensors])
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's options of the curvature, defaults worked out."""
+        rank = DEFAULT_RANK if self.rank is None else self.rank
+        return {"kfac_approx": self.kfac_approx, "rank": rank}
 
     @abstractmethod
     def _seeds(self, logits: Tensor, labels: Tensor) -> Tensor:

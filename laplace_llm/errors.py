@@ -45,5 +45,9 @@ class StateError(LaplaceLLMError, ValueError):
     """A saved state does not belong to this model, adapter or posterior."""
 
 
+class StorageError(LaplaceLLMError, OSError):
+    """A file could not be written; what was to be written is still in memory."""
+
+
 class ShardError(LaplaceLLMError, RuntimeError):
     """Another of the processes that share the data has failed."""

@@ -29,6 +29,10 @@ class Head(nn.Module):
     others are -inf, which is what that means everywhere in this package.
     """
 
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments besides the model, as JSON can hold them."""
+        return {}
+
     def prepare(self, batch: Any) -> Any:
         """Return the batch as the model will see it: absent choices' sequences are padding.
 

@@ -1,4 +1,4 @@
-"""The life of a posterior over LoRA weights: fit and keep; tuning is in `laplace_llm.tuning`."""
+"""The fit of a posterior over LoRA weights, in one pass over the data or several."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_llm._compat import ParametricLaplace
 from laplace_llm.adapters import active_adapters
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
-from laplace_llm.errors import LaplaceLLMError, StateError
+from laplace_llm.errors import LaplaceLLMError
+from laplace_llm.keeping import LoraKept
 from laplace_llm.session import hosting_parent_backend
 from laplace_llm.shards import Shard, as_shard
 from laplace_llm.taps import Batch, check_logits
-from laplace_llm.tuning import LoraTuned
 
 # So many training examples are kept (as the loader's batches) to look at the confidence on.
 SAMPLE_SIZE = 32
@@ -45,7 +44,7 @@ class Sums(NamedTuple):
     sample: list[Batch]
 
 
-class LoraLaplace(LoraTuned):
+class LoraLaplace(LoraKept):
     """What the ``"lora"`` structures share; abstract, and not registered with the parent.
 
     Takes the arguments of `LoraPosterior`.
@@ -170,69 +169,3 @@ class LoraLaplace(LoraTuned):
         y = check_labels(y, logits, self.backend.likelihood == "regression")
         with hosting_parent_backend(self.model, logits.shape[1]):
             return BatchSummary(self._accumulate_parent(state, x, y), logits.shape[1])
-
-    # Keep ---------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the posterior as tensors, numbers and strings.
-
-        The parent's keys, plus the names of the tensors, so that a state is only ever loaded over
-        the adapter it belongs to.
-        """
-        self._check_H_init()
-        return {
-            **ParametricLaplace.state_dict(self),
-            "H": self._curvature_state(),
-            "likelihood": self._likelihood_name,
-            "tensors": [tensor.name for tensor in self.tensors],
-            "adapter": self.adapter,
-        }
-
-    @property
-    def _likelihood_name(self) -> str:
-        return str(getattr(self.likelihood, "value", self.likelihood))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, into the same kind of posterior over the same tensors.
-
-        Raises
-        ------
-        StateError
-            If the state belongs to another class, likelihood or adapter; nothing is changed then.
-        """
-        expected = {
-            "cls_name": type(self).__name__,
-            "likelihood": self._likelihood_name,
-            "tensors": [tensor.name for tensor in self.tensors],
-            "adapter": self.adapter,
-        }
-        for key, value in expected.items():
-            if state_dict.get(key) != value:
-                raise StateError(
-                    f"Expected a state with {key}={_short(value)}, but it has "
-                    f"{_short(state_dict.get(key))}. Load it into the posterior it came from."
-                )
-        if len(state_dict["mean"]) != self.n_params:
-            raise StateError(
-                f"Expected a state with {self.n_params} weights, but it has "
-                f"{len(state_dict['mean'])}."
-            )
-        curvature = self._curvature_from_state(state_dict["H"])
-        for key in ("temperature", "enable_backprop", "loss", "n_data", "n_outputs"):
-            setattr(self, key, state_dict[key])
-        self.mean = state_dict["mean"].to(self._device, self._dtype)
-        for key in ("prior_mean", "prior_precision", "sigma_noise"):
-            setattr(self, key, state_dict[key])
-        self._set_curvature(curvature, merge=False)
-        self._train_loaders, self._train_sample, self._fitted_under = None, [], None
-
-    def _curvature_state(self) -> Any:
-        return self.H
-
-    def _curvature_from_state(self, state: Any) -> Any:
-        return state.to(self._device, self._dtype)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -108,6 +108,14 @@ class LoraPosterior(ParametricLaplace):
             model, self.adapter, tensors, streaming, include_modules_to_save
         )
         backend_kwargs = dict(backend_kwargs or {})
+        self._given = {
+            "dict_key_x": dict_key_x,
+            "dict_key_y": dict_key_y,
+            "backend": backend.__name__,
+            "backend_kwargs": dict(backend_kwargs),
+            "tensors": tensors,
+            "include_modules_to_save": include_modules_to_save,
+        }
         if streaming:
             backend_kwargs |= {"tensors": self.tensors}
         else:

@@ -51,6 +51,10 @@ class ChoiceScoringHead(CausalHead):
             )
         self.normalization = normalization
 
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments besides the model, as JSON can hold them."""
+        return {"normalization": self.normalization}
+
     @property
     def packing_obstacle(self) -> str | None:
         """Why `prepare` takes packed batches apart for this model; None where it does not."""

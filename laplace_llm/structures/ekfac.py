@@ -156,6 +156,9 @@ class EkfacLoraLaplace(KronLoraLaplace):
         self.H = state.moments.decompose()
         self.H_facs, self.H_moments = state
 
+    def _options(self) -> dict[str, Any]:
+        return {key: value for key, value in super()._options().items() if key != "damping"}
+
     def _curvature_state(self) -> dict[str, Any]:
         assert self.H_moments is not None
         return {"factors": super()._curvature_state(), "moments": self.H_moments.state()}

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_llm._compat import ELLA, BaseFunctionalLaplace, CurvatureInterface, VaLLA
+from laplace_llm._compat import (
+    ELLA,
+    BaseFunctionalLaplace,
+    CurvatureInterface,
+    VaLLA,
+    model_fingerprint,
+)
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import StreamingInterface, check_streaming
@@ -22,6 +28,7 @@ from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import as_classifier
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
 from laplace_llm.moments import glm_moments
+from laplace_llm.saving import SavedPosterior
 from laplace_llm.session import borrowed
 from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
@@ -30,7 +37,7 @@ from laplace_llm.taps import Batch
 OUTPUTS = "laplace_llm_outputs"
 
 
-class FunctionSpaceOfLora(BaseFunctionalLaplace):
+class FunctionSpaceOfLora(BaseFunctionalLaplace, SavedPosterior):
     """What `ELLALoraLaplace` and `VaLLALoraLaplace` share; mixed into the parent's classes.
 
     Unlike in the parent, the default link is ``'qmc'`` (see `LoraPredictive.__call__`), the model
@@ -74,6 +81,13 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         **kwargs: Any,
     ) -> None:
         check_streaming(backend, "the Jacobians of LoRA tensors")
+        backend = StreamingGGN if backend is None else backend
+        self._given = {
+            "backend": backend.__name__,
+            "backend_kwargs": dict(backend_kwargs or {}),
+            "tensors": tensors,
+            "include_modules_to_save": include_modules_to_save,
+        }
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
         self.tensors = find_lora_tensors(
@@ -84,7 +98,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
                 model,
                 likelihood,
                 *args,
-                backend=StreamingGGN if backend is None else backend,
+                backend=backend,
                 backend_kwargs=backend_kwargs,
                 **kwargs,
             )
@@ -171,6 +185,14 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace):
         with self._adapter_for_model():
             return super().state_dict()
 
+    def _options(self) -> dict[str, Any]:
+        keys = {key: getattr(self, key) for key in ("dict_key_x", "dict_key_y")}
+        return {**self._given, **keys, "seed": self.seed}
+
+    def _state_of_model(self) -> dict[str, Any]:
+        with self._adapter_for_model():
+            return {"model_fingerprint": model_fingerprint(self.model)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 
@@ -222,6 +244,10 @@ class ELLALoraLaplace(FunctionSpaceOfLora, ELLA):
 
     dual_directions: Tensor
 
+    def _options(self) -> dict[str, Any]:
+        sizes = {key: getattr(self, key) for key in ("subsample_size", "n_eigenvalues")}
+        return {**super()._options(), **sizes}
+
     def _features(self, x: Batch) -> tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor) and OUTPUTS in x:
             return x[self.dict_key_x], x[OUTPUTS]
@@ -259,6 +285,12 @@ class VaLLALoraLaplace(FunctionSpaceOfLora, VaLLA):
     *Variational Linearized Laplace Approximation for Bayesian Deep Learning*, ICML 2024. See
     `FunctionSpaceOfLora`; needs laplace-torch 0.3.
     """
+
+    def _options(self) -> dict[str, Any]:
+        # The state has the inducing inputs; any of so many are replaced by them.
+        return {
+            **super()._options(), "inducing_locations": "random", "num_inducing": self.num_inducing
+        }  # fmt: skip
 
     def _latent_distribution(self, x: Batch, joint: bool = False) -> tuple[Tensor, ...]:
         # Of a choice that a row does not have the objective would have no derivative at -inf.

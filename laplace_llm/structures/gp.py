@@ -315,9 +315,16 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
 
     # Keep ----------------------------------------------------------------------------------------
 
+    def _own_options(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("n_subset", "independent_outputs", "seed")}
+
+    def _options(self) -> dict[str, Any]:
+        options = {**super()._options(), **self._own_options()}
+        del options["max_rank"]
+        return options
+
     def _curvature_state(self) -> dict[str, Any]:
-        options = {key: getattr(self, key) for key in ("n_subset", "independent_outputs", "seed")}
-        return {**super()._curvature_state(), "options": options}
+        return {**super()._curvature_state(), "options": self._own_options()}
 
     def _curvature_from_state(self, state: dict[str, Any]) -> OutputRows:
         rows = self._empty_curvature().load(state)

@@ -111,6 +111,9 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
         parts = (self.H * self._H_factor).tensor_variances(jacobians, values)
         return torch.stack(list(parts), 1)
 
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "damping": self.damping}
+
     def _curvature_state(self) -> dict[str, Any]:
         assert self.H_facs is not None
         return self.H_facs.state()

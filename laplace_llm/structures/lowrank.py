@@ -166,6 +166,9 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         """Return the joint covariance (B C, B C) for Jacobians (B, C, P)."""
         return self.functional_variance(Js.flatten(0, 1)[None])[0]
 
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "max_rank": self.max_rank}
+
     def _curvature_state(self) -> dict[str, Any]:
         assert self.H is not None
         return self.H.state()
