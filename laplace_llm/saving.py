@@ -44,7 +44,6 @@ class SavedPosterior(PushToHubMixin):
     @abstractmethod
     def _dtype(self) -> torch.dtype: ...
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return the posterior as tensors, numbers and strings."""
         raise NotImplementedError
