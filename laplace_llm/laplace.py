@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace_llm.adapters import active_adapters
+from laplace_llm.checkpoints import Checkpoints, Pass, Progress
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
-from laplace_llm.errors import LaplaceLLMError
+from laplace_llm.errors import LaplaceLLMError, OptionError
 from laplace_llm.keeping import LoraKept
+from laplace_llm.seeds import default_generator
 from laplace_llm.session import hosting_parent_backend
 from laplace_llm.shards import Shard, as_shard
 from laplace_llm.taps import Batch, check_logits
@@ -55,6 +58,9 @@ class LoraLaplace(LoraKept):
         train_loader: DataLoader | Iterable[Any],
         override: bool = True,
         progress_bar: bool = False,
+        *,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         """Fit the posterior at the model's present weights, in one pass over the data.
 
@@ -76,6 +82,13 @@ class LoraLaplace(LoraKept):
             Whether to start anew; False adds the data to those of earlier fits.
         progress_bar : bool, default=False
             Whether to show one.
+        checkpoint_dir : str or Path, optional
+            A folder to keep the running sums in. If the fit is interrupted, however that may be,
+            the same call goes on where it was, and ends at the very posterior of a fit that was
+            not, provided that the loader yields the same batches again and there are as many
+            processes. The files stay; delete the folder once the posterior is saved.
+        checkpoint_every : int, optional
+            So many batches apart. Default: 100.
 
         Raises
         ------
@@ -85,6 +98,11 @@ class LoraLaplace(LoraKept):
         OutputError
             If the model does not return (B, C) logits that are finite, or -inf for choices that a
             row does not have. As with every error, an earlier posterior stays as it was.
+        StateError
+            If `checkpoint_dir` belongs to another fit: of other weights, options or data.
+        StorageError
+            If `checkpoint_dir` cannot be written to; before the fit, or, where the disk becomes
+            full, after it: the posterior then is fitted all the same, and in memory.
         ShardError
             If another of the processes fails, which itself raises what went wrong.
         """
@@ -92,12 +110,15 @@ class LoraLaplace(LoraKept):
         merge = not override and self.H is not None
         earlier = self._train_loaders if merge else []
         with self._borrowed(as_fitted=merge):
+            with shard.in_step():
+                checkpoints = self._checkpoints(checkpoint_dir, checkpoint_every, shard, merge)
             sums = self._sums_over(
                 shard, self._empty_curvature, self._fit_batch, "[Computing Hessian]", progress_bar,
-                self.n_outputs if merge else None,
+                checkpoints, self.n_outputs if merge else None,
             )  # fmt: skip
             loaders = [*(earlier or []), train_loader]
-            self._set_curvature(self._completed(sums.state, merge, loaders, progress_bar), merge)
+            state = self._completed(sums.state, merge, loaders, progress_bar, checkpoints)
+            self._set_curvature(state, merge)
             self.mean = self._values()
             self.loss = self.loss + sums.loss if merge else sums.loss
         self.n_data = self.n_data + sums.n_data if merge else sums.n_data
@@ -107,6 +128,23 @@ class LoraLaplace(LoraKept):
         # An iterator is used up now; and some of the data must not pass for all of them.
         gone = earlier is None or isinstance(shard.loader, Iterator)
         self._train_loaders = None if gone else loaders
+        if checkpoints is not None:
+            checkpoints.close()
+
+    def _checkpoints(
+        self, folder: str | Path | None, every: int | None, shard: Shard, merge: bool
+    ) -> Checkpoints | None:
+        if folder is None:
+            if every is not None:
+                raise OptionError(
+                    "Expected a checkpoint_dir with checkpoint_every, but got none."
+                )
+            return None
+        fit = {**self._description(), "added_to": self.n_data if merge else 0}
+        drawn = getattr(self.backend, "stochastic", False)
+        devices = dict.fromkeys((torch.device("cpu"), self._device)) if drawn else ()
+        generators = [default_generator(device) for device in devices]
+        return Checkpoints(folder, every, fit, shard, generators)
 
     def _sums_over(
         self,
@@ -115,6 +153,7 @@ class LoraLaplace(LoraKept):
         accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
         description: str,
         progress_bar: bool,
+        checkpoints: Checkpoints | None,
         n_outputs: int | None = None,
     ) -> Sums:
         """Return the running sums over the data of all processes, from a pass over a shard.
@@ -123,7 +162,10 @@ class LoraLaplace(LoraKept):
         `n_outputs` is C, where it is known.
         """
         with shard.in_step():
-            own = self._own_sums(shard, empty(), accumulate, description, progress_bar, n_outputs)
+            kept = Pass() if checkpoints is None else checkpoints.next_pass()
+            zero = torch.zeros((), dtype=self._dtype, device=self._device)
+            progress = kept.start(Progress(empty(), zero, n_outputs))
+            own = self._own_sums(shard, progress, accumulate, description, progress_bar, kept)
         if shard.size == 1:
             return own
         found = shard.exchange((own.n_data, own.n_outputs, float(own.loss)))
@@ -137,27 +179,31 @@ class LoraLaplace(LoraKept):
     def _own_sums(
         self,
         shard: Shard,
-        state: Any,
+        progress: Progress,
         accumulate: Callable[[Any, Batch, Tensor], BatchSummary],
         description: str,
         progress_bar: bool,
-        n_outputs: int | None = None,
+        kept: Pass,
     ) -> Sums:
         """Return the running sums over this process's data alone."""
         sample: list[Batch] = []
         n_data = 0
-        loss = torch.zeros((), dtype=self._dtype, device=self._device)
+        state, loss, n_outputs = progress
         batches = labelled(shard, self.dict_key_y, self._device, description, progress_bar)
         for index, (x, y) in enumerate(batches):
+            if n_data < SAMPLE_SIZE:
+                sample.append(x)
+            n_data += len(y)
+            if kept.has(x, y):
+                continue
             try:
                 summary = accumulate(state, x, y)
                 n_outputs = check_outputs(summary.n_outputs, n_outputs)
             except LaplaceLLMError as error:
                 raise numbered(error, index) from error
             loss += summary.loss.to(loss)
-            if n_data < SAMPLE_SIZE:
-                sample.append(x)
-            n_data += len(y)
+            kept.keep(Progress(state, loss, n_outputs))
+        kept.finish(Progress(state, loss, n_outputs))
         return Sums(state, loss, n_data, n_outputs or 0, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:

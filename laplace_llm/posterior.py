@@ -20,6 +20,7 @@ from laplace_llm.adapters import (
     resolve_adapter,
 )
 from laplace_llm.backends import StreamingGGN
+from laplace_llm.checkpoints import Checkpoints
 from laplace_llm.curvature import BatchSummary, StreamingInterface
 from laplace_llm.errors import AdapterError, NotFittedError, OptionError, PriorError
 from laplace_llm.heads import as_classifier, undistributed
@@ -250,7 +251,12 @@ class LoraPosterior(ParametricLaplace):
         """Make the posterior from running sums, adding to the present ones if `merge`."""
 
     def _completed(
-        self, state: Any, merge: bool, loaders: list[Iterable[Any]], progress_bar: bool
+        self,
+        state: Any,
+        merge: bool,
+        loaders: list[Iterable[Any]],
+        progress_bar: bool,
+        checkpoints: Checkpoints | None,
     ) -> Any:
         """Return the running sums with what takes another pass over all data; none by default.
 

@@ -14,6 +14,7 @@ from laplace_llm.errors import OptionError
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES, over_present
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.posterior import LoraPosterior
+from laplace_llm.seeds import default_generator
 from laplace_llm.taps import Batch, check_logits
 
 BRIDGES = ("bridge", "bridge_norm")  # the parent's links that mix an example's logits
@@ -206,7 +207,7 @@ class LoraPredictive(LoraPosterior):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        random = _default_generator(f_mu.device) if generator is None else generator
+        random = default_generator(f_mu.device) if generator is None else generator
         state, draw = random.get_state(), super()._glm_functional_samples
 
         def samples(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -272,14 +273,6 @@ class LoraPredictive(LoraPosterior):
     ) -> Tensor:
         samples = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
         return sum(torch.softmax(logits, -1) for logits in samples) / n_samples  # type: ignore[return-value]
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """Return what torch draws from on a device where it is given no generator."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
 
 
 @contextmanager

@@ -195,7 +195,6 @@ class LowRankGGN:
         """Add the rows (n, P) that are left of another GGN, a few at a time, and its traces."""
         for part in parts:
             self._append(part)
-        self.truncate()
         self.trace += trace.to(self.trace)
         self.lost_trace += lost_trace.to(self.trace)
 

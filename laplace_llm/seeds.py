@@ -58,3 +58,11 @@ def empirical_seeds(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
     if regression:
         return 2**0.5 * (logits - labels)[:, :, None]
     return (torch.softmax(logits, -1) - F.one_hot(labels, logits.shape[1]))[:, :, None]
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return what torch draws from on a device where it is given no generator."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from laplace_llm._compat import CurvatureInterface
 from laplace_llm.adapters import Sides
+from laplace_llm.checkpoints import Checkpoints
 from laplace_llm.curvature import check_streaming
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import DataError
@@ -83,6 +84,7 @@ class EkfacLoraLaplace(KronLoraLaplace):
         train_loader: DataLoader | Iterable[Any],
         override: bool = True,
         progress_bar: bool = False,
+        **checkpoints: Any,
     ) -> None:
         """Fit the posterior at the model's present weights, in two passes over the data.
 
@@ -96,6 +98,8 @@ class EkfacLoraLaplace(KronLoraLaplace):
             eigenbasis, so the second pass is over the loaders of the earlier fits as well.
         progress_bar : bool, default=False
             Whether to show one.
+        **checkpoints
+            ``checkpoint_dir`` and ``checkpoint_every``, as in `LoraLaplace`.
 
         Raises
         ------
@@ -116,14 +120,19 @@ class EkfacLoraLaplace(KronLoraLaplace):
                 "Expected the data of earlier fits for fit(override=False), as new data change the "
                 "eigenbasis, but a loaded posterior has none. Fit all data with override=True."
             )
-        super().fit(train_loader, override, progress_bar)
+        super().fit(train_loader, override, progress_bar, **checkpoints)
 
     def _init_H(self) -> None:
         super()._init_H()
         self.H_moments: EigenbasisMoments | None = None
 
     def _completed(
-        self, state: LoraKron, merge: bool, loaders: list[Iterable[Any]], progress_bar: bool
+        self,
+        state: LoraKron,
+        merge: bool,
+        loaders: list[Iterable[Any]],
+        progress_bar: bool,
+        checkpoints: Checkpoints | None,
     ) -> Corrected:
         if merge and self.H_facs is not None:
             state.merge(self.H_facs)
@@ -136,6 +145,7 @@ class EkfacLoraLaplace(KronLoraLaplace):
                 self._streaming.accumulate_eigenvalues,
                 "[Correcting eigenvalues]",
                 progress_bar,
+                checkpoints,
             )
             moments.merge(sums.state)
             n_data += sums.n_data

@@ -106,7 +106,11 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         )  # fmt: skip
 
     def fit(
-        self, train_loader: Iterable[Any], override: bool = True, progress_bar: bool = False
+        self,
+        train_loader: Iterable[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        **checkpoints: Any,
     ) -> None:
         """Fit the posterior to `n_subset` of the data; see `LoraLaplace.fit`.
 
@@ -126,7 +130,7 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
                 f"got {self.n_subset}. Leave it out, or give each process the whole data."
             )
         subset, left_out = subset_of_data(train_loader, self.n_subset, self.seed, self.dict_key_y)
-        super().fit(subset, override, progress_bar)
+        super().fit(subset, override, progress_bar, **checkpoints)
         self.n_data += left_out
         if self._train_loaders is not None:
             # Tuning on the training data looks at all of them.
