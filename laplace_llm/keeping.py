@@ -70,8 +70,8 @@ class LoraKept(LoraTuned, SavedPosterior):
             for key in ("temperature", "enable_backprop", "n_data", "n_outputs"):
                 setattr(self, key, state_dict[key])
             for key in ("mean", "loss"):
-                found = torch.as_tensor(state_dict[key])
-                setattr(self, key, found.to(self._device, self._dtype))
+                given = state_dict[key]
+                setattr(self, key, torch.as_tensor(given, dtype=self._dtype, device=self._device))
             for key in ("prior_mean", "prior_precision", "sigma_noise"):
                 setattr(self, key, state_dict[key])
             self._set_curvature(curvature, merge=False)

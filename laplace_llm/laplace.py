@@ -136,9 +136,7 @@ class LoraLaplace(LoraKept):
     ) -> Checkpoints | None:
         if folder is None:
             if every is not None:
-                raise OptionError(
-                    "Expected a checkpoint_dir with checkpoint_every, but got none."
-                )
+                raise OptionError("Expected a checkpoint_dir with checkpoint_every, but got none.")
             return None
         fit = {**self._description(), "added_to": self.n_data if merge else 0}
         drawn = getattr(self.backend, "stochastic", False)

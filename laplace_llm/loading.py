@@ -17,7 +17,7 @@ from laplace_llm._compat import CurvatureInterface
 from laplace_llm.adapters import active_adapters
 from laplace_llm.backends import StreamingEF, StreamingGGN
 from laplace_llm.causal_heads import MultipleChoiceHead
-from laplace_llm.errors import StateError
+from laplace_llm.errors import AdapterError, StateError
 from laplace_llm.fingerprint import fingerprint
 from laplace_llm.layers import adapters_of, lora_layers
 from laplace_llm.saving import (
@@ -110,7 +110,7 @@ def from_pretrained(
     _warn_of_base(base_model_name(la.model, la.adapter), config["base_model_name_or_path"])
     state = _state(folder[WEIGHTS], config, la)
     la.load_state_dict(state)
-    la._fitted_under = active_adapters(la.model)
+    la._fitted_under = active_adapters(la.model)  # as in fit, which has been checked
     return la
 
 
@@ -238,6 +238,15 @@ def _check_adapter(la: Any, config: dict[str, Any]) -> None:
             f"Expected an adapter in {config['dtype']}, but it is in {dtype}. Load it as it was "
             "saved (adapter.to(...) changes it)."
         )
+    active = active_adapters(la.model)
+    saved = [
+        la.adapter if name == config["adapter"] else name for name in config["active_adapters"]
+    ]
+    if active != saved:
+        raise AdapterError(
+            f"Expected the adapters {saved} to be active, as in fit(), but {active} are. Call "
+            "set_adapter(...) first."
+        )
     if fingerprint(la.model, la.adapter) != config["adapter_sha256"]:
         raise StateError(
             f"Expected the very weights that the posterior was fitted at, but adapter "
@@ -277,5 +286,6 @@ def _state(path: Path, config: dict[str, Any], la: Any) -> dict[str, Any]:
     tensors, _ = files.read_tensors(path, la._device)
     state = files.unflatten({**config["state"], **tensors})
     for key in NUMBERS & set(state):
-        state[key] = torch.as_tensor(state[key], dtype=la._dtype, device=la._device)
+        if isinstance(state[key], list):
+            state[key] = torch.tensor(state[key], dtype=la._dtype, device=la._device)
     return {**state, **la._state_of_model()}

@@ -210,7 +210,7 @@ def test_a_fit_that_is_killed_at_any_moment_goes_on(tmp_path):
 
 @pytest.fixture
 def started(tmp_path):
-    """A folder with the checkpoints of a fit that was interrupted."""
+    """Return a folder with the checkpoints of a fit that was interrupted."""
     with pytest.raises(KeyboardInterrupt):
         build("kron").fit(
             Loader(interrupt, 3, 1, "letters"), checkpoint_dir=tmp_path, checkpoint_every=1
@@ -232,7 +232,7 @@ def started(tmp_path):
 def test_other_data_are_refused(loader, started):
     la, before = build("kron"), files_of(started)
     model = snapshot(la.model)
-    with pytest.raises(DataError, match="same 3 batches as before the interruption.*Seed"):
+    with pytest.raises(DataError, match=r"same 3 batches as before the interruption.*Seed"):
         la.fit(loader(), checkpoint_dir=started, checkpoint_every=1)
     assert snapshot(la.model) == model
     assert files_of(started) == before
@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_once(tmp_path, caplog, monkeypatch):
     la = build("kron")
     with (
         caplog.at_level(logging.WARNING, "laplace_llm"),
-        pytest.raises(StorageError, match="fitted and in memory.*No space left on device"),
+        pytest.raises(StorageError, match=r"fitted and in memory.*No space left on device"),
     ):
         la.fit(batches(), checkpoint_dir=tmp_path, checkpoint_every=1)
     assert len(caplog.records) == 1
