@@ -190,6 +190,7 @@ class LowRankGGN:
     def merge(self, other: LowRankGGN) -> None:
         """Add another GGN over the same tensors."""
         self.extend(other.store.parts(), other.trace, other.lost_trace)
+        self.truncate()
 
     def extend(self, parts: Iterable[Tensor], trace: Tensor, lost_trace: Tensor) -> None:
         """Add the rows (n, P) that are left of another GGN, a few at a time, and its traces."""
@@ -224,7 +225,10 @@ class LowRankGGN:
         }
 
     def load(self, state: dict[str, Any]) -> LowRankGGN:
-        """Return a new GGN with the contents of `state`, of this one's rank and place."""
+        """Return a new GGN with the contents of `state`, of this one's rank and place.
+
+        It may be that of a fit that goes on, with more than `max_rank` rows until it ends.
+        """
         rows = state.get("rows")
         if rows is None or rows.ndim != 2 or rows.shape[1] != self.store.columns:
             came = "none" if rows is None else f"shape {tuple(rows.shape)}"
