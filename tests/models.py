@@ -1,7 +1,7 @@
 """Tiny random models and batches, and brute-force oracles, shared by all tests."""
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -711,22 +711,45 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """
     state: dict[str, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        state[f"{name}: identity and flag"] = (id(parameter), parameter.requires_grad)
-        state[f"{name}: values"] = frozen(parameter)
+        state[f"{name}: parameter"] = _tensor_state(parameter)
         grad = parameter.grad
-        state[f"{name}: grad"] = None if grad is None else (id(grad), frozen(grad))
+        state[f"{name}: grad"] = None if grad is None else _tensor_state(grad)
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        state[f"{name}: buffer"] = (id(buffer), frozen(buffer))
+        state[f"{name}: buffer"] = _tensor_state(buffer)
     for name, module in model.named_modules():
-        state[f"{name}: mode"] = module.training
-        state[f"{name}: attributes"] = {
-            key: value if isinstance(value, (int, float, str)) else None
-            for key, value in vars(module).items()
-        }
-        state[f"{name}: hooks"] = {
-            key: sorted(value) for key, value in vars(module).items() if key.endswith("_hooks")
-        }
+        state[f"{name}: class"] = type(module)
+        # Modes, hooks of every kind, submodules and parametrizations are all attributes.
+        state[f"{name}: attributes"] = _outline(vars(module))
     return state
+
+
+def _tensor_state(tensor: Tensor) -> dict[str, Any]:
+    """Return a tensor's identity, values and place, and what autograd knows of it."""
+    return {
+        "identity": id(tensor),
+        "values": frozen(tensor.detach()),
+        "place": (tensor.device, tensor.stride()),
+        "autograd": (tensor.requires_grad, tensor.is_leaf, tensor.is_inference()),
+        "writes": None if tensor.is_inference() else tensor._version,
+        "hooks": _outline(
+            [tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)]
+        ),
+    }
+
+
+def _outline(value: Any, depth: int = 3) -> Any:
+    """Return simple values as they are, containers of them, and anything else by identity."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if depth and isinstance(value, Mapping):
+        return [(key, _outline(entry, depth - 1)) for key, entry in value.items()]
+    if depth and isinstance(value, (list, tuple)):
+        return [_outline(entry, depth - 1) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, PretrainedConfig):
+        return id(value), _outline(vars(value), depth - 1)
+    return id(value)
 
 
 def frozen(value: Any) -> Any:

@@ -9,6 +9,7 @@ from laplace import Laplace
 from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from models import frozen, letter_batch, letter_head, snapshot, tiny_bert_classifier, tiny_llama
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torchmetrics import Metric
 
 from laplace_llm import StreamingEF, StreamingGGN
@@ -328,15 +329,49 @@ def test_the_snapshot_sees_what_it_should():
         lambda m: setattr(next(m.parameters()), "grad", None),
         lambda m: setattr(next(m.parameters()), "grad", next(m.parameters()).grad.clone()),
         lambda m: next(m.parameters()).grad.zero_(),
+        lambda m: setattr(next(m.parameters()), "data", next(m.parameters()).data.clone().float()),
+        lambda m: next(p for p in m.parameters() if p.requires_grad).register_hook(print),
+        lambda m: next(
+            p for p in m.parameters() if p.requires_grad
+        ).register_post_accumulate_grad_hook(print),
+        lambda m: with_no_grad(next(m.parameters()).mul_, 1),  # written to, with its own values
+        lambda m: setattr(m.model, "double_one", m.model.double),  # any attribute
         lambda m: m.counter.add_(1),
+        lambda m: setattr(m, "counter", m.counter.clone()),
+        lambda m: setattr(m, "counter", m.counter.to("meta")),
         lambda m: m.model.eval(),
-        lambda m: m.model.register_forward_hook(lambda *args: None),
-        lambda m: m.model.register_full_backward_hook(lambda *args: None),
+        lambda m: inner(m).register_forward_hook(lambda *args: None),
+        lambda m: inner(m).register_forward_pre_hook(lambda *args: None),
+        lambda m: inner(m).register_forward_pre_hook(lambda *args: None, with_kwargs=True),
+        lambda m: inner(m).register_full_backward_hook(lambda *args: None),
+        lambda m: inner(m).register_full_backward_pre_hook(lambda *args: None),
+        lambda m: inner(m)._forward_hooks_with_kwargs.update({7: True}),
+        lambda m: inner(m)._forward_hooks_always_called.update({7: True}),
+        lambda m: m._forward_hooks.update(dict.fromkeys(m._forward_hooks, print)),  # same handle
+        lambda m: inner(m).__dict__.update(_is_full_backward_hook=False),
+        lambda m: parametrize.register_parametrization(inner(m), "weight", nn.Identity()),
+        lambda m: setattr(inner(m), "forward", print),
         lambda m: setattr(m.model, "fisher", 1),
         lambda m: setattr(m, "output_size", 3),
+        lambda m: setattr(m.model.config, "use_cache", "changed"),
+        lambda m: m.model.base_model.model.model.layers[0].self_attn.q_proj.scaling.update(
+            default=3.0
+        ),
+        lambda m: m.model.add_adapter("other", m.model.peft_config["default"]),
     ]
     for index, change in enumerate(changes):
         model = used_model()
         before = snapshot(model)
+        assert snapshot(model) == before
         change(model)
         assert snapshot(model) != before, index
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Return a submodule deep inside."""
+    return model.model.get_base_model().model.layers[1].mlp.up_proj
+
+
+def with_no_grad(function: Callable[..., Any], *args: Any) -> None:
+    with torch.no_grad():
+        function(*args)
