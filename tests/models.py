@@ -704,6 +704,34 @@ def tiny_tokenizer(
 # What borrowing a model must not change -----------------------------------------------------------
 
 
+def used_model(classifier: bool = False) -> nn.Module:
+    """Return a model in the midst of training: mixed modes, flags, gradients and hooks."""
+    if classifier:
+        model = tiny_bert_classifier(lora_dropout=0.5)
+    else:
+        model = letter_head(tiny_llama(lora_dropout=0.5))
+    model.train()
+    for index, module in enumerate(model.modules()):
+        module.training = index % 3 != 0
+    for index, parameter in enumerate(model.parameters()):
+        if index % 4 == 0:
+            parameter.requires_grad_(not parameter.requires_grad)
+        if index % 3 == 0:
+            parameter.grad = torch.full_like(parameter, float(index + 1))
+    model.register_buffer("counter", torch.arange(3))
+    model.register_forward_hook(lambda module, args, output: None)
+    model.register_forward_pre_hook(lambda module, args: None)
+    model.output_size = 17
+    return model
+
+
+def contents(la: Any) -> Any:
+    """Return a posterior's state, and what it predicts of letters."""
+    generator = torch.Generator().manual_seed(0)
+    state, prediction = la.state_dict(), la(letter_batch(2, seed=3))
+    return frozen({**state, "prediction": prediction, "samples": la.sample(1, generator)})
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return everything about a model that using it must leave as it was.
 
@@ -755,6 +783,8 @@ def _outline(value: Any, depth: int = 3) -> Any:
 def frozen(value: Any) -> Any:
     """Return a copy to compare with ``==``, bit for bit, of nested containers of tensors."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value.dtype, value.shape, "meta"
         values = value.detach().contiguous().flatten()
         return value.dtype, value.shape, sha256(values.view(torch.uint8).numpy()).hexdigest()
     if isinstance(value, dict):
