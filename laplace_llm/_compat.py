@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from laplace.baselaplace import (
     BaseLaplace,
     DiagLaplace,
@@ -111,8 +112,11 @@ def parent_marglik(
     val_loader: Any,
     progress_bar: bool,
 ) -> None:
-    """Maximise the marginal likelihood as the parent does, without its reminder of `probit`."""
-    with warnings.catch_warnings():
+    """Maximise the marginal likelihood as the parent does, without its reminder of `probit`.
+
+    Also under `torch.no_grad`, where the parent cannot.
+    """
+    with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message="By default `link_approx` is `probit`")
         ParametricLaplace.optimize_prior_precision(
             la,

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_llm.errors import DataError, LaplaceLLMError
+from laplace_llm.session import ordinary
 from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
 
@@ -42,7 +43,7 @@ def labelled(
     for index, batch in enumerate(tqdm(shard, desc=description, disable=hidden)):
         empty = False
         try:
-            x, y = _split(batch, key)
+            x, y = _split(ordinary(batch), key)
         except DataError as error:
             raise numbered(error, index) from error
         y = torch.as_tensor(y)

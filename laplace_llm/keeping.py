@@ -60,7 +60,7 @@ class LoraKept(LoraTuned, SavedPosterior):
                     f"Expected a state with {key}={_short(value)}, but it has "
                     f"{_short(state_dict.get(key))}. Load it into the posterior it came from."
                 )
-        with self._all_or_nothing(), _naming_what_is_missing():
+        with _naming_what_is_missing():
             if len(state_dict["mean"]) != self.n_params:
                 raise StateError(
                     f"Expected a state with {self.n_params} weights, but it has "
@@ -76,17 +76,6 @@ class LoraKept(LoraTuned, SavedPosterior):
                 setattr(self, key, state_dict[key])
             self._set_curvature(curvature, merge=False)
             self._train_loaders, self._train_sample, self._fitted_under = None, [], None
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Put all attributes back if an error comes out; what they refer to is not written to."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
 
     def _curvature_state(self) -> Any:
         """Return the curvature as nested dictionaries and lists of tensors and numbers."""

@@ -1,7 +1,7 @@
 """Tiny random models and batches, and brute-force oracles, shared by all tests."""
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -704,6 +704,34 @@ def tiny_tokenizer(
 # What borrowing a model must not change -----------------------------------------------------------
 
 
+def used_model(classifier: bool = False) -> nn.Module:
+    """Return a model in the midst of training: mixed modes, flags, gradients and hooks."""
+    if classifier:
+        model = tiny_bert_classifier(lora_dropout=0.5)
+    else:
+        model = letter_head(tiny_llama(lora_dropout=0.5))
+    model.train()
+    for index, module in enumerate(model.modules()):
+        module.training = index % 3 != 0
+    for index, parameter in enumerate(model.parameters()):
+        if index % 4 == 0:
+            parameter.requires_grad_(not parameter.requires_grad)
+        if index % 3 == 0:
+            parameter.grad = torch.full_like(parameter, float(index + 1))
+    model.register_buffer("counter", torch.arange(3))
+    model.register_forward_hook(lambda module, args, output: None)
+    model.register_forward_pre_hook(lambda module, args: None)
+    model.output_size = 17
+    return model
+
+
+def contents(la: Any) -> Any:
+    """Return a posterior's state, and what it predicts of letters."""
+    generator = torch.Generator().manual_seed(0)
+    state, prediction = la.state_dict(), la(letter_batch(2, seed=3))
+    return frozen({**state, "prediction": prediction, "samples": la.sample(1, generator)})
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return everything about a model that using it must leave as it was.
 
@@ -711,27 +739,52 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """
     state: dict[str, Any] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        state[f"{name}: identity and flag"] = (id(parameter), parameter.requires_grad)
-        state[f"{name}: values"] = frozen(parameter)
+        state[f"{name}: parameter"] = _tensor_state(parameter)
         grad = parameter.grad
-        state[f"{name}: grad"] = None if grad is None else (id(grad), frozen(grad))
+        state[f"{name}: grad"] = None if grad is None else _tensor_state(grad)
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        state[f"{name}: buffer"] = (id(buffer), frozen(buffer))
+        state[f"{name}: buffer"] = _tensor_state(buffer)
     for name, module in model.named_modules():
-        state[f"{name}: mode"] = module.training
-        state[f"{name}: attributes"] = {
-            key: value if isinstance(value, (int, float, str)) else None
-            for key, value in vars(module).items()
-        }
-        state[f"{name}: hooks"] = {
-            key: sorted(value) for key, value in vars(module).items() if key.endswith("_hooks")
-        }
+        state[f"{name}: class"] = type(module)
+        # Modes, hooks of every kind, submodules and parametrizations are all attributes.
+        state[f"{name}: attributes"] = _outline(vars(module))
     return state
+
+
+def _tensor_state(tensor: Tensor) -> dict[str, Any]:
+    """Return a tensor's identity, values and place, and what autograd knows of it."""
+    return {
+        "identity": id(tensor),
+        "values": frozen(tensor.detach()),
+        "place": (tensor.device, tensor.stride()),
+        "autograd": (tensor.requires_grad, tensor.is_leaf, tensor.is_inference()),
+        "writes": None if tensor.is_inference() else tensor._version,
+        "hooks": _outline(
+            [tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)]
+        ),
+    }
+
+
+def _outline(value: Any, depth: int = 3) -> Any:
+    """Return simple values as they are, containers of them, and anything else by identity."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if depth and isinstance(value, Mapping):
+        return [(key, _outline(entry, depth - 1)) for key, entry in value.items()]
+    if depth and isinstance(value, (list, tuple)):
+        return [_outline(entry, depth - 1) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, PretrainedConfig):
+        return id(value), _outline(vars(value), depth - 1)
+    return id(value)
 
 
 def frozen(value: Any) -> Any:
     """Return a copy to compare with ``==``, bit for bit, of nested containers of tensors."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value.dtype, value.shape, "meta"
         values = value.detach().contiguous().flatten()
         return value.dtype, value.shape, sha256(values.view(torch.uint8).numpy()).hexdigest()
     if isinstance(value, dict):

@@ -11,9 +11,11 @@ from laplace_llm._compat import AsdlInterface, DiagLaplace, EFInterface
 from laplace_llm.curvature import BatchSummary
 from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.taps import Batch
 
 
+@undisturbed_calls
 class DiagLoraLaplace(LoraLaplace, DiagLaplace):
     """Laplace over LoRA weights with the exact diagonal of the GGN, ``("lora", "diag")``.
 

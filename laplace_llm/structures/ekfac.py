@@ -16,6 +16,7 @@ from laplace_llm.curvature import check_streaming
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import DataError
 from laplace_llm.factors import LoraKron
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard, as_shard
 from laplace_llm.structures.kron import KronLoraLaplace
 
@@ -27,6 +28,7 @@ class Corrected(NamedTuple):
     moments: EigenbasisMoments
 
 
+@undisturbed_calls
 class EkfacLoraLaplace(KronLoraLaplace):
     """Eigenvalue-corrected Kronecker Laplace over LoRA weights, ``("lora", "ekfac")``.
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from laplace_llm._compat import FullLaplace
 from laplace_llm.curvature import BatchSummary
 from laplace_llm.laplace import LoraLaplace
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.taps import Batch, gathered
 
 
+@undisturbed_calls
 class FullLoraLaplace(LoraLaplace, FullLaplace):
     """Laplace over LoRA weights with the dense GGN, ``("lora", "full")``; for small P only.
 

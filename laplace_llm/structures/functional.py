@@ -29,7 +29,7 @@ from laplace_llm.heads import as_classifier
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
 from laplace_llm.moments import glm_moments
 from laplace_llm.saving import SavedPosterior
-from laplace_llm.session import borrowed
+from laplace_llm.session import borrowed, undisturbed_calls
 from laplace_llm.shards import as_shard
 from laplace_llm.taps import Batch
 
@@ -232,6 +232,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace, SavedPosterior):
         )
 
 
+@undisturbed_calls
 class ELLALoraLaplace(FunctionSpaceOfLora, ELLA):
     """The parent's ELLA on LoRA weights: the linearised model in K Nystrom features.
 
@@ -275,6 +276,7 @@ class ELLALoraLaplace(FunctionSpaceOfLora, ELLA):
         super().optimize_hyperparameters(batches, grid)
 
 
+@undisturbed_calls
 class VaLLALoraLaplace(FunctionSpaceOfLora, VaLLA):
     """The parent's VaLLA on LoRA weights: a variational posterior on inducing outputs.
 

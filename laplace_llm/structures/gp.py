@@ -16,6 +16,7 @@ from laplace_llm.errors import OptionError
 from laplace_llm.lowrank import LowRankPrecision
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard, as_shard
 from laplace_llm.structures.lowrank import LowRankLoraLaplace
 from laplace_llm.subset import subset_of_data
@@ -25,6 +26,7 @@ from laplace_llm.taps import Batch
 JITTER = 1e-5
 
 
+@undisturbed_calls
 class FunctionalLoraLaplace(LowRankLoraLaplace):
     """The parent's functional Laplace (subset-of-data GP) on LoRA weights, ``("lora", "gp")``.
 

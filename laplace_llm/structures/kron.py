@@ -14,10 +14,12 @@ from laplace_llm.curvature import BatchSummary
 from laplace_llm.factors import LoraKron
 from laplace_llm.kronecker import LoraKronDecomposed
 from laplace_llm.laplace import LoraLaplace
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 
 
+@undisturbed_calls
 class KronLoraLaplace(LoraLaplace, KronLaplace):
     """Kronecker-factored Laplace over LoRA weights, ``("lora", "kron")``; the default.
 

@@ -15,10 +15,12 @@ from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
 from laplace_llm.lowrank import LowRankPrecision
 from laplace_llm.rows import LowRankGGN
+from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 
 
+@undisturbed_calls
 class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
     """Laplace over LoRA weights with the GGN of all tensors together, ``("lora", "lowrank")``.
 
