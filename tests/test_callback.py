@@ -7,12 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import CHOICE_TOKENS, frozen, letter_batch, tiny_bert_classifier, tiny_llama
+from models import (
+    CHOICE_TOKENS,
+    frozen,
+    letter_batch,
+    snapshot,
+    tiny_bert_classifier,
+    tiny_llama,
+)
+from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from laplace_llm import DiagLoraLaplace, LaplaceCallback, Laplace, MultipleChoiceHead
-from laplace_llm.errors import DataError, OptionError, OutputError
+from laplace_llm import (
+    DiagLoraLaplace,
+    Laplace,
+    LaplaceCallback,
+    MultipleChoiceHead,
+    from_pretrained,
+)
+from laplace_llm.errors import DataError, OptionError
 
 N = 11  # not a multiple of the batch size
 
@@ -37,7 +51,7 @@ def letters(model):
     return MultipleChoiceHead(model, CHOICE_TOKENS[:3])
 
 
-def trainer_of(folder, *callbacks, model=None, rows=ROWS, cls=Trainer, **options):
+def trainer_of(folder, *callbacks, model=None, rows=ROWS, held_out=None, cls=Trainer, **options):
     options = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -55,6 +69,7 @@ def trainer_of(folder, *callbacks, model=None, rows=ROWS, cls=Trainer, **options
         classifier() if model is None else model,
         args,
         train_dataset=rows,
+        eval_dataset=held_out,
         callbacks=list(callbacks),
     )
 
@@ -125,12 +140,12 @@ def test_prior_precision_is_left_alone_without_optimize(tmp_path):
 def test_the_best_weights_are_the_ones_that_are_fitted(tmp_path):
     """The learning rate is such that later epochs are worse on data labelled otherwise."""
     callback = LaplaceCallback(every="epoch", save=False)
+    held_out = [{**row, "labels": (row["labels"] + 1) % 3} for row in ROWS]
     trainer = trainer_of(
-        tmp_path, callback, num_train_epochs=3, learning_rate=0.05, eval_strategy="epoch",
+        tmp_path, callback, held_out=held_out, num_train_epochs=3, learning_rate=0.05, eval_strategy="epoch",
         save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="loss",
         greater_is_better=False,
     )  # fmt: skip
-    trainer.eval_dataset = [{**row, "labels": (row["labels"] + 1) % 3} for row in ROWS]
     trainer.train()
     assert trainer.state.best_global_step < trainer.state.global_step
     assert frozen(callback.la.mean) == frozen(callback.la._values())
@@ -239,27 +254,119 @@ def trained(folder, callback, **options):
     "options",
     [
         {},
-        {"gradient_accumulation_steps": 2, "eval_strategy": "epoch"},
+        {"gradient_accumulation_steps": 2, "eval_strategy": "epoch", "held_out": ROWS},
         {"bf16": True, "gradient_checkpointing": True},
         {"dataloader_drop_last": True, "neftune_noise_alpha": 5.0},
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )
 def test_training_is_the_same_with_and_without(options, tmp_path):
-    class Evaluating(Trainer):
-        def get_eval_dataloader(self, eval_dataset=None):
-            return super().get_eval_dataloader(ROWS)
-
-    callback = LaplaceCallback(every="epoch", save=False)
-    if "eval_strategy" in options:
-        options = {**options, "cls": Evaluating}
-    cls = options.pop("cls", Trainer) if "cls" in options else Trainer
-    if cls is Evaluating:
-        options["eval_strategy"] = "no"
-    results = []
+    callback, results = LaplaceCallback(every="epoch", save=False), []
     for each in (None, callback):
         torch.manual_seed(0)
         results.append(trained(tmp_path, each, **options))
     for key, value in results[0].items():
         assert results[1][key] == value, key
     assert callback.la.n_data == N
+
+
+# Saved --------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(folder, model, callback, trainer):
+    """Return the posterior as another process loads it: on a fresh base model."""
+    trainer.train()
+    trainer.save_model()
+    assert {"adapter_model.safetensors", "laplace_model.safetensors", "laplace_config.json"} <= {
+        path.name for path in Path(folder).iterdir()
+    }
+    again = PeftModel.from_pretrained(model.unload(), folder)
+    return from_pretrained(again, folder)
+
+
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_adapter_and_posterior_are_loaded_from_one_folder(best, tmp_path):
+    options = {}
+    if best:
+        options = {
+            "held_out": [{**row, "labels": (row["labels"] + 1) % 3} for row in ROWS],
+            "learning_rate": 0.05,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+        }
+    callback = LaplaceCallback()
+    trainer = trainer_of(tmp_path, callback, **options)
+    la = saved_and_loaded(tmp_path, classifier(), callback, trainer)
+    assert not list(tmp_path.glob("checkpoint-*/laplace*"))
+    for batch in QUESTIONS:
+        assert frozen(la(batch)) == frozen(callback.la(batch))
+
+
+def test_the_head_comes_back_with_the_posterior(tmp_path):
+    callback = LaplaceCallback(letters, QUESTIONS)
+    trainer = trainer_of(tmp_path, callback, model=language_model(), rows=next_token_rows())
+    la = saved_and_loaded(tmp_path, language_model(), callback, trainer)
+    assert type(la.model) is MultipleChoiceHead
+    assert frozen(la(QUESTIONS[0])) == frozen(callback.la(QUESTIONS[0]))
+
+
+# What is refused, before training -----------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+class Weighted(Trainer):
+    def get_train_dataloader(self):
+        sampler = WeightedRandomSampler([1.0] * N, N)
+        return DataLoader(self.train_dataset, 4, sampler=sampler, collate_fn=self.data_collator)
+
+
+REFUSED = {
+    "a language model without a head": (
+        dict(model=language_model), {}, OptionError, "LlamaForCausalLM is a language model.*head=",
+    ),
+    "tokens as labels": (
+        dict(model=language_model, rows=next_token_rows()), dict(head=letters), DataError,
+        r"one integer label.*train_loader=",
+    ),
+    "a wrong option": (
+        {}, dict(hessian_structure="kfac"), OptionError, "hessian_structure",
+    ),
+    "a stream": (
+        dict(rows=Stream(), max_steps=2), {}, DataError, "Stream.*train_loader=",
+    ),
+    "a sampler that draws": (
+        dict(cls=Weighted), {}, DataError, "WeightedRandomSampler.*train_loader=",
+    ),
+    "no labels": ({}, dict(train_loader=[{"input_ids": 1}]), DataError, "labels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_work_is_an_error_before_training(case, tmp_path):
+    setting, arguments, error, message = REFUSED[case]
+    setting = {key: value() if key == "model" else value for key, value in setting.items()}
+    trainer = trainer_of(tmp_path, LaplaceCallback(save=False, **arguments), **setting)
+    before = snapshot(trainer.model)
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    after = snapshot(trainer.model)
+    assert [k for k in before if "mode" not in k and before[k] != after[k]] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": "step"}, "every='end' or 'epoch', but got 'step'"),
+        ({"train_loader": iter(QUESTIONS)}, "iterated over again"),
+        ({"optimize": {"methode": "loo"}}, "methode"),
+    ],
+)
+def test_wrong_options_are_errors_at_construction(arguments, message):
+    with pytest.raises(OptionError, match=message):
+        LaplaceCallback(**arguments)
