@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate.data_loader import (
-    DataLoaderDispatcher,
-    DataLoaderShard,
-    SeedableRandomSampler,
-)
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -81,8 +77,8 @@ class LaplaceCallback(TrainerCallback):
     save : bool, default=True
         Whether to save the posterior at the end.
     trainer : transformers.Trainer, optional
-        What logs. The Trainer gives itself to no callback, and without it the logs come into
-        ``state.log_history`` alone, and not to TensorBoard, Weights & Biases and the like. For these:
+        What logs. The Trainer does not show itself to callbacks; without it, logs come into
+        ``state.log_history`` alone. For TensorBoard, Weights & Biases and the like:
         ``trainer.add_callback(LaplaceCallback(every="epoch", trainer=trainer))``.
     fit_kwargs : dict, optional
         Further arguments of `fit`, such as ``{"progress_bar": True}``.
@@ -160,9 +156,9 @@ class LaplaceCallback(TrainerCallback):
                 if self.train_loader is not None:
                     raise
                 raise DataError(
-                    f"{error} The data are the Trainer's own: where its labels are no classes, such "
-                    "as the tokens of a language model, pass the Laplace approximation its own "
-                    "batches as train_loader=..."
+                    f"{error} The data are the Trainer's own: where their labels are no classes, "
+                    "such as the tokens of a language model, pass batches for the head as "
+                    "train_loader=..."
                 ) from error
             if self.every == "epoch":
                 _evidence(la)
@@ -213,16 +209,17 @@ class LaplaceCallback(TrainerCallback):
         self.la, self._fitted_at = la, state.global_step
 
     def _posterior(self, model: nn.Module) -> Any:
+        if self.head is not None:
+            return Laplace(self.head(model), **self.laplace_kwargs)
         inner = unwrap(model)
-        if self.head is None and isinstance(inner, PreTrainedModel):
-            if inner.get_output_embeddings() is not None:
-                raise OptionError(
-                    f"Expected a head, as {type(inner).__name__} is a language model, whose logits "
-                    "are of tokens and not of choices. Pass head=lambda model: "
-                    "MultipleChoiceHead.from_tokenizer(model, tokenizer, choices), or another one, "
-                    "and train_loader=... where the Trainer's labels are tokens."
-                )
-        return Laplace(model if self.head is None else self.head(model), **self.laplace_kwargs)
+        if isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None:
+            raise OptionError(
+                f"Expected a head, as {type(inner).__name__} is a language model, whose logits are "
+                "of tokens and not of choices. Pass head=lambda model: "
+                "MultipleChoiceHead.from_tokenizer(model, tokenizer, choices), or another one, and "
+                "train_loader=... where the Trainer's labels are tokens."
+            )
+        return Laplace(model, **self.laplace_kwargs)
 
     def _loader(self, args: TrainingArguments, trained_on: DataLoader) -> Iterable[Any]:
         return in_order(trained_on, args) if self.train_loader is None else self.train_loader
@@ -267,7 +264,6 @@ def in_order(loader: DataLoader, args: TrainingArguments) -> DataLoader:
         sampler=own,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
         multiprocessing_context=loader.multiprocessing_context,
     )
 
