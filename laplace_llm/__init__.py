@@ -4,6 +4,7 @@ Importing this package registers ``subset_of_weights="lora"`` with `laplace.Lapl
 """
 
 from laplace_llm.backends import StreamingEF, StreamingGGN
+from laplace_llm.callback import LaplaceCallback
 from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.collate import (
     LETTERS,
@@ -60,6 +61,8 @@ __all__ = [  # noqa: RUF022  # grouped by what they are for
     "question_prompt",
     # data that several processes share
     "Shard",
+    # the Trainer
+    "LaplaceCallback",
     # the parent's subnetwork Laplace
     "LoraSubnetMask",
     # errors

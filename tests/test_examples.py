@@ -1,9 +1,12 @@
-"""laplace-torch's Hugging Face example, with only the subset of weights changed."""
+"""The examples: laplace-torch's own with the subset of weights changed, and the Trainer's."""
 
+import re
+import sys
 from collections.abc import MutableMapping
 
 import pytest
 import torch
+import trainer
 from laplace import Laplace
 from models import VOCABULARY, frozen, snapshot, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -97,3 +100,19 @@ def test_huggingface_example(structure):
     assert lora_la.n_data == 4
     assert len(lora_la.tensors) == 4
     assert snapshot(lora_model) == before
+
+
+def test_the_trainers_adapter_and_posterior_answer_the_same_once_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    arguments = ["--random", "--train", "12", "--epochs", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *arguments])
+    trainer.main()
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"adapter_model.safetensors", "laplace_model.safetensors"}
+    printed = capsys.readouterr().out
+    answers = re.findall(r" ((?:[01]\.\d+ ?){4}), loaded ((?:[01]\.\d+ ?){4})", printed)
+    assert len(answers) == 8
+    assert all(before == after for before, after in answers)
+    assert printed.count("laplace_log_marginal_likelihood") == 2

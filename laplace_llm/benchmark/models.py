@@ -36,4 +36,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
         gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    return AutoModelForCausalLM.from_pretrained(**source, dtype=dtype), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+    if "gguf_file" in source:
+        model.is_quantized = False  # its weights are not, any more; the Trainer goes by this mark
+    return model, tokenizer
