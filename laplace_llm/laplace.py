@@ -147,7 +147,7 @@ class LoraLaplace(LoraTuned):
         """Return the running sums over this process's data alone."""
         sample: list[Batch] = []
         n_data = 0
-        loss = torch.zeros((), dtype=self._dtype, device=self._device)
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
         batches = labelled(shard, self.dict_key_y, self._device, description, progress_bar)
         for index, (x, y) in enumerate(batches):
             try:
@@ -159,7 +159,7 @@ class LoraLaplace(LoraTuned):
             if n_data < SAMPLE_SIZE:
                 sample.append(x)
             n_data += len(y)
-        return Sums(state, loss, n_data, n_outputs or 0, sample)
+        return Sums(state, loss.to(self._dtype), n_data, n_outputs or 0, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):
