@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace_llm.errors import StateError
 from laplace_llm.kronecker import Block, CorrectedBlock, LoraKronDecomposed
-from laplace_llm.sketch import ROUNDING, Spectrum
+from laplace_llm.sketch import ROUNDING, Spectrum, above_rounding
 
 
 class EigenbasisMoments:
@@ -101,7 +101,8 @@ def _corrected(block: Block, kept: Tensor, total: Tensor) -> CorrectedBlock:
     """
     axes = _axes(block.large)
     lost = (block.large.dim - axes.sum()).clamp_min(1)
-    rest = (total - (kept * axes).sum(1)).clamp_min(0) / lost
+    rest = total - (kept * axes).sum(1)
+    rest = above_rounding(rest, total, block.large.vectors.dtype) / lost
     kept = torch.where(axes, kept, rest[:, None])
     rows = _axes(block.small)[:, None]
     others = (~rows).sum().clamp_min(1)

@@ -227,16 +227,15 @@ def _decompose(moments: list[Moment]) -> list[Spectrum]:
         matrices = torch.stack([m.matrix for m in moments if isinstance(m, DenseMoment)])
         what = f"Kronecker factors of shape {tuple(matrices.shape[1:])}"
         values, vectors = (part.to(matrices) for part in eigh(matrices.double(), what))
-        # Of a factor that is not of full rank, rounding of the stored sums is all there is.
-        rounding = ROUNDING * torch.finfo(matrices.dtype).eps * values[:, -1:]
-        values = torch.where(values > rounding, values, 0)
+        values = above_rounding(values, values[:, -1:], matrices.dtype)
         rest = values.new_zeros(())
         return [Spectrum(*pair, rest) for pair in zip(vectors, values, strict=True)]
     sketched = [m for m in moments if isinstance(m, SketchedMoment)]
     sketch = torch.stack([m.sketch for m in sketched])
-    values, vectors, dropped = _nystrom(sketch)
-    lost = torch.stack([m.trace.double() for m in sketched]) - values.sum(1)
+    values, vectors, dropped, shift = _nystrom(sketch)
+    lost = torch.stack([m.trace for m in sketched]) - values.sum(1)
     rest = lost.clamp_min(0) / (sketch.shape[1] - (~dropped).sum(1)).clamp_min(1)
+    rest = torch.where(rest > ROUNDING * shift, rest, 0)  # else it comes of the sketch's rounding
     values = torch.where(dropped, rest[:, None], values)
     results = []
     for moment, *parts in zip(sketched, vectors, values.to(sketch), rest.to(sketch), strict=True):
@@ -248,8 +247,17 @@ def _decompose(moments: list[Moment]) -> list[Spectrum]:
     return results
 
 
-def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues (b, s), falling, eigenvectors (b, d, s) and which of them are dropped.
+def above_rounding(values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values, and zeros for those that are the rounding of `largest` in this precision.
+
+    Of a factor that is not of full rank, nothing else is left; next to a small prior precision it
+    would be taken for curvature.
+    """
+    return torch.where(values > ROUNDING * torch.finfo(dtype).eps * largest, values, 0)
+
+
+def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return eigenvalues (b, s), falling, eigenvectors (b, d, s), which are dropped, and the shift.
 
     The Nystrom approximation ``Y (Omega^T Y)^-1 Y^T`` of Tropp, Yurtsever, Udell and Cevher
     (*Fixed-rank approximation of a positive-semidefinite matrix from streaming data*, NeurIPS
@@ -284,12 +292,12 @@ def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             triangle = torch.linalg.qr(torch.cat([triangle, y @ root], 1), mode="r")[1]
         _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
     values, eps = singular.square(), torch.finfo(torch.float64).eps
-    dropped = values <= torch.maximum(shift, eps * values[:, 0])[:, None]
+    dropped = values <= torch.maximum(2 * shift, eps * values[:, 0])[:, None]
     rotation = right.mT * torch.where(dropped, 0, 1 / singular.clamp_min(1e-300))[:, None]
     for y, exact, _ in shifted():
         y.copy_(exact @ root @ rotation)
     values = (values - shift[:, None]).clamp_min(0)
-    return torch.where(dropped, 0, values), sketch, dropped
+    return torch.where(dropped, 0, values), sketch, dropped, shift
 
 
 def check_rank(rank: int | None) -> None:
