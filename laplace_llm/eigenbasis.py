@@ -101,8 +101,10 @@ def _corrected(block: Block, kept: Tensor, total: Tensor) -> CorrectedBlock:
     """
     axes = _axes(block.large)
     lost = (block.large.dim - axes.sum()).clamp_min(1)
-    rest = total - (kept * axes).sum(1)
-    rest = above_rounding(rest, total, block.large.vectors.dtype) / lost
+    # Moments are sums of squares, whose rounding is that of their roots.
+    dtype, largest = block.large.vectors.dtype, total.max().sqrt()
+    kept, total = (above_rounding(m.sqrt(), largest, dtype).square() for m in (kept, total))
+    rest = above_rounding(total - (kept * axes).sum(1), total, dtype) / lost
     kept = torch.where(axes, kept, rest[:, None])
     rows = _axes(block.small)[:, None]
     others = (~rows).sum().clamp_min(1)

@@ -230,7 +230,7 @@ class LoraLaplace(LoraTuned):
         return self.H
 
     def _curvature_from_state(self, state: Any) -> Any:
-        return state.to(self._device, self._dtype)
+        return state.to(self._empty_curvature())
 
 
 def _short(value: Any) -> str:

@@ -48,7 +48,7 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
     def log_det_ratio(self) -> Tensor:
         """``log det P - log det P_0``, computed as one (the parent subtracts two huge numbers)."""
         self._check_H_init()
-        curvature = self._H_factor.double() * self.H
+        curvature = self._H_factor * self.H.double()
         return (curvature / self.prior_precision_diag).log1p().sum().to(self._dtype)
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:

@@ -156,8 +156,9 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         assert isinstance(state, OutputRows)
         if merge and self.H is not None:
             state.merge(self.H)
-        self._parts = state.separate() if self.independent_outputs else [state]
-        self._spectra = [eigh(part.gram(), "the training kernel") for part in self._parts]
+        parts = state.separate() if self.independent_outputs else [state]
+        self._spectra = [eigh(part.gram(), "the training kernel") for part in parts]
+        self._parts: list[OutputRows] = parts
         self._part_grams: list[Tensor] | None = None
         self._shifts: tuple[Tensor, list[Tensor]] | None = None
         self.H = state
