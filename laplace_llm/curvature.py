@@ -164,7 +164,7 @@ class StreamingInterface(CurvatureInterface):
         for _ in run.sweep(columns, add):
             pass
         state.n_data += len(y)
-        self._check_finite(torch.stack([pair.trace.cpu() for pair in state.pairs]))
+        self._check_finite(torch.stack([pair.largest_trace.cpu() for pair in state.pairs]))
         return summary
 
     def _summarise_inputs(self, run: Taps, index: int) -> Tensor:
@@ -198,6 +198,7 @@ class StreamingInterface(CurvatureInterface):
         """Add a batch to the dense curvature (P, P) in place."""
         run, columns, summary = self._forward(x, y)
         for rows in self._rows(run, columns):
+            rows = rows.to(state)
             state.addmm_(rows.T, rows)
         self._check_finite(state.diagonal())
         return summary
@@ -221,14 +222,16 @@ class StreamingInterface(CurvatureInterface):
 
     def _finite_rows(self, run: Taps, seeds: Tensor) -> Iterator[Tensor]:
         for rows in self._rows(run, seeds):
-            self._check_finite(rows.square().sum(0))
+            self._check_finite(rows.abs().amax(0))
             yield rows
 
     def _check_finite(self, values: Tensor) -> None:
         """Raise an error that names the first tensor with non-finite curvature.
 
-        `values` holds one number a tensor, or one a weight.
+        `values` holds one number a tensor, or one a weight; what is beyond the adapter's precision
+        is not finite.
         """
+        values = values.to(self.dtype)
         if bool(values.isfinite().all()):
             return
         position = int((~values.isfinite()).nonzero()[0])

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from laplace_llm.errors import StateError
 from laplace_llm.kronecker import Block, CorrectedBlock, LoraKronDecomposed
-from laplace_llm.sketch import Spectrum
-
-# Eigenvalues below so many times the rounding of the largest one are rounding themselves.
-ROUNDING = 16
+from laplace_llm.sketch import ROUNDING, Spectrum, above_rounding
 
 
 class EigenbasisMoments:
@@ -36,25 +33,26 @@ class EigenbasisMoments:
     Attributes
     ----------
     kept : list[Tensor]
-        (r, k) for each tensor: ``sum (q_i^T G u_j)^2``.
+        (r, k) for each tensor, in float64: ``sum (q_i^T G u_j)^2``.
     totals : list[Tensor]
-        (r,) for each tensor: ``sum ||q_i^T G||^2``.
+        (r,) for each tensor, in float64: ``sum ||q_i^T G||^2``.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.blocks = list(blocks)
         self.kept, self.totals = [], []
         for block in self.blocks:
-            basis = block.large.vectors
-            self.kept.append(basis.new_zeros(block.small.dim, basis.shape[1]))
-            self.totals.append(basis.new_zeros(block.small.dim))
+            r, k = block.small.dim, block.large.vectors.shape[1]
+            self.kept.append(torch.zeros(r, k, dtype=torch.float64, device=block.device))
+            self.totals.append(torch.zeros(r, dtype=torch.float64, device=block.device))
 
     def add(self, index: int, gradients: Tensor) -> None:
         """Add per-example gradients (B, out * in) of one tensor."""
         block = self.blocks[index]
         rotated = block.small.vectors.T @ block.fold(gradients)  # (B, r, d)
-        self.totals[index] += rotated.square().sum((0, 2))
-        self.kept[index] += (rotated @ block.large.vectors).square().sum(0)
+        self.totals[index] += rotated.square().sum((0, 2), dtype=torch.float64)
+        inner = rotated @ block.large.vectors
+        self.kept[index] += inner.square().sum(0, dtype=torch.float64)
 
     def tensors(self) -> list[Tensor]:
         """Return what adds up over parts of the data; to be written to."""
@@ -103,7 +101,10 @@ def _corrected(block: Block, kept: Tensor, total: Tensor) -> CorrectedBlock:
     """
     axes = _axes(block.large)
     lost = (block.large.dim - axes.sum()).clamp_min(1)
-    rest = (total - (kept * axes).sum(1)).clamp_min(0) / lost
+    # Moments are sums of squares, whose rounding is that of their roots.
+    dtype, largest = block.large.vectors.dtype, total.max().sqrt()
+    kept, total = (above_rounding(m.sqrt(), largest, dtype).square() for m in (kept, total))
+    rest = above_rounding(total - (kept * axes).sum(1), total, dtype) / lost
     kept = torch.where(axes, kept, rest[:, None])
     rows = _axes(block.small)[:, None]
     others = (~rows).sum().clamp_min(1)

@@ -1,8 +1,10 @@
 """The errors of this package: each says what was expected, what came, and what to do.
 
-Every class also derives from the built-in type that `laplace-torch` or Python would raise in
-its place, so existing ``except ValueError`` code keeps working.
+Every class also derives from the type that `laplace-torch`, torch or Python would raise in its
+place, so existing ``except ValueError`` code keeps working.
 """
+
+import torch
 
 
 class LaplaceLLMError(Exception):
@@ -51,3 +53,7 @@ class StorageError(LaplaceLLMError, OSError):
 
 class ShardError(LaplaceLLMError, RuntimeError):
     """Another of the processes that share the data has failed."""
+
+
+class DecompositionError(LaplaceLLMError, torch.linalg.LinAlgError):
+    """A matrix that is not finite, or whose decomposition failed in float64 too."""

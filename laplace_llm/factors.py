@@ -28,9 +28,9 @@ class FactorPair:
     inputs: Moment
 
     @property
-    def trace(self) -> Tensor:
-        """Product of the factors' traces, a scalar that is finite only if both factors are."""
-        return self.outputs.trace * self.inputs.trace
+    def largest_trace(self) -> Tensor:
+        """The larger of the factors' traces (NaN if one is), which bounds all their numbers."""
+        return torch.maximum(self.outputs.trace, self.inputs.trace.to(self.outputs.trace))
 
 
 class LoraKron:
@@ -191,8 +191,8 @@ def _moment_from_state(state: dict[str, Any], like: Moment) -> Moment:
         )
     if isinstance(like, DenseMoment):
         return DenseMoment(state["matrix"].to(like.matrix))
-    trace = state["trace"].to(like.trace)
+    trace, place = state["trace"].to(like.trace), (like.trace.device, like.dtype)
     if "sketch" in state:
-        return SketchedMoment(state["sketch"].to(like.trace), trace)
-    spectrum = Spectrum(*(state[key].to(like.trace) for key in ("vectors", "values", "rest")))
+        return SketchedMoment(state["sketch"].to(*place), trace)
+    spectrum = Spectrum(*(state[key].to(*place) for key in ("vectors", "values", "rest")))
     return SketchedMoment.of_spectrum(spectrum, trace)

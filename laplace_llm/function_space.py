@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_llm.contrasts import choice_contrasts, contrasts
+from laplace_llm.eigen import cholesky, decomposing, eigh
 from laplace_llm.errors import PriorError
 from laplace_llm.moments import Moments
 
@@ -122,7 +123,7 @@ class FunctionSpace:
         shared = p[:, None] @ self.basis  # (N, 1, K)
         hessian = scaled.mT @ scaled - shared.mT @ shared
         # Of a class whose probability rounds to 0 or 1, rounding is all that is left.
-        values, vectors = torch.linalg.eigh(hessian)
+        values, vectors = eigh(hessian, "the likelihood's Hessian")
         return vectors * (self.factor * values.clamp_min(0)).sqrt()[:, None]
 
     # The linear model ----------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class FunctionSpace:
         """Return the Cholesky factor of ``I + S^T K S / delta``."""
         inner = self._between(root) / delta
         inner.diagonal().add_(1)
-        return torch.linalg.cholesky(inner)
+        return cholesky(inner, f"the training kernel at prior precision {delta:g}")
 
     def _between(self, root: Tensor) -> Tensor:
         """Return ``S^T J J^T S`` (N K, N K) for the block-diagonal S of `root`."""
@@ -242,7 +243,7 @@ class FunctionSpace:
         deltas = deltas.to(self.kernel)
         root = self._hessian_root(mode.latent)
         # V = (K - K S (delta + S^T K S)^-1 S^T K) / delta with K = J J^T and S the root.
-        values, vectors = torch.linalg.eigh(self._between(root))
+        values, vectors = eigh(self._between(root), "the training kernel")
         right = (root.mT @ self.kernel.view(n, k, -1)).reshape(n * k, -1)
         half = (vectors.T @ right).view(n * k, n, k)
         weights = 1 / (deltas[:, None] + values.clamp_min(0))  # (G, N K)
@@ -252,7 +253,8 @@ class FunctionSpace:
         # difference is a block of delta (delta + S^T K S)^-1, which does not cancel.
         moved = root.mT @ variance
         inner = _weighted(vectors.T.reshape(n * k, n, k), deltas[:, None] * weights)
-        cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
+        with decomposing("the leave-one-out covariances"):
+            cavity = variance + moved.mT @ torch.linalg.solve(inner, moved)
         return (cavity + cavity.mT) / 2
 
 

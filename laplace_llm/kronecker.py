@@ -9,7 +9,7 @@ the prior precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,8 @@ class Block:
     def eigenvalues(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues (..., r, k) on the kept pairs and (..., r) on the complement.
 
+        They are in float64, as products of two numbers leave the range of float32 easily.
+
         Parameters
         ----------
         delta : Tensor
@@ -62,12 +64,26 @@ class Block:
         damping : bool
             See `LoraKron.decompose`.
         """
-        b, a, rho = self.small.values, self.large.values, self.large.rest
-        delta = delta[..., None]
+        b, a, rho = self._factors()
+        delta = delta.double()[..., None]
         if damping:
             root = delta.sqrt()
             return (b + root)[..., :, None] * (a + root)[..., None, :], (b + root) * (rho + root)
         return b[:, None] * a + delta[..., None], b * rho + delta
+
+    def log_ratios(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of `eigenvalues` over delta, with nothing cancelling in them."""
+        b, a, rho = self._factors()
+        delta = delta.double()[..., None]
+        if damping:
+            root = delta.sqrt()
+            b = (b / root).log1p()
+            return b[..., :, None] + (a / root).log1p()[..., None, :], b + (rho / root).log1p()
+        return (b[:, None] * a / delta[..., None]).log1p(), (b * rho / delta).log1p()
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the eigenvalues of the small and the large factor in float64, and the rest's."""
+        return self.small.values.double(), self.large.values.double(), self.large.rest.double()
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,14 @@ class CorrectedBlock(Block):
     def eigenvalues(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues (..., r, k) and (..., r); there are no factors to damp."""
         assert not damping
-        return self.kept + delta[..., None, None], self.rest + delta[..., None]
+        delta = delta.double()[..., None]
+        return self.kept + delta[..., None], self.rest + delta
+
+    def log_ratios(self, delta: Tensor, damping: bool) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of `eigenvalues` over delta."""
+        assert not damping
+        delta = delta.double()[..., None]
+        return (self.kept / delta[..., None]).log1p(), (self.rest / delta).log1p()
 
 
 class LoraKronDecomposed:
@@ -151,10 +174,20 @@ class LoraKronDecomposed:
 
     def logdet(self) -> Tensor:
         """Return the log determinant, differentiable in `deltas`."""
-        total = self.deltas.new_zeros(())
-        for block, kept, rest in self._spectra():
+        logs = ((block, kept.log(), rest.log()) for block, kept, rest in self._spectra())
+        return self._summed(logs).to(self.deltas.dtype)
+
+    def logdet_ratio(self) -> Tensor:
+        """Return the log determinant less that of the prior, in float64, differentiable."""
+        pairs = zip(self.blocks, self.deltas, strict=True)
+        return self._summed((b, *b.log_ratios(d.to(b.device), self.damping)) for b, d in pairs)
+
+    def _summed(self, logs: Iterable[tuple[Block, Tensor, Tensor]]) -> Tensor:
+        """Return the sum over all P eigenvalues of what there is on kept pairs and the rest."""
+        total = self.deltas.new_zeros((), dtype=torch.float64)
+        for block, kept, rest in logs:
             lost = block.large.dim - kept.shape[-1]
-            part = kept.log().sum() + (lost * rest.log().sum() if lost else 0)
+            part = kept.sum() + (lost * rest.sum() if lost else 0)
             total = total + part.to(total.device)
         return total
 
@@ -165,7 +198,7 @@ class LoraKronDecomposed:
         for part, (block, kept, rest) in zip(W.split(sizes, -1), self._spectra(), strict=True):
             Q, U = block.small.vectors, block.large.vectors
             rotated = Q.T @ block.fold(part.to(block.device))  # (..., r, d)
-            kept, rest = kept**exponent, rest[:, None] ** exponent
+            kept, rest = (kept**exponent).to(U), (rest[:, None] ** exponent).to(U)
             if kept.shape[-1] < block.large.dim:
                 out = ((kept - rest) * (rotated @ U)) @ U.T + rest * rotated
             else:
@@ -211,14 +244,15 @@ class LoraKronDecomposed:
         for index, (block, jacobian) in enumerate(zip(self.blocks, jacobians, strict=True)):
             delta = deltas[:, index].to(block.device)
             kept, rest = block.eigenvalues(delta, self.damping)  # (G, r, k), (G, r)
-            rotated = block.small.vectors.T @ block.fold(jacobian.to(kept))
-            inner = rotated @ block.large.vectors  # (B, C, r, k)
+            Q, U = block.small.vectors, block.large.vectors
+            rotated = Q.T @ block.fold(jacobian.to(U))
+            inner = rotated @ U  # (B, C, r, k)
+            part = _pairs(inner, kept.reciprocal().to(U))
             if kept.shape[-1] < block.large.dim:
-                gram = torch.einsum("bcrd,berd->bcer", rotated, rotated)
-                part = _pairs(inner, kept.reciprocal() - rest.reciprocal()[..., None])
-                part = part + torch.einsum("bcer,gr->gbce", gram, rest.reciprocal())
-            else:
-                part = _pairs(inner, kept.reciprocal())
+                # What U does not explain, itself and not as a difference of two large squares.
+                outside = rotated - inner @ U.T
+                gram = torch.einsum("bcrd,berd->bcer", outside, outside)
+                part = part + torch.einsum("bcer,gr->gbce", gram, rest.reciprocal().to(U))
             yield part.to(deltas.device)
 
     def diag(self, exponent: float = 1) -> Tensor:
@@ -226,7 +260,7 @@ class LoraKronDecomposed:
         parts = []
         for block, kept, rest in self._spectra():
             Q2, U2 = block.small.vectors.square(), block.large.vectors.square()
-            kept, rest = kept**exponent, rest[:, None] ** exponent
+            kept, rest = (kept**exponent).to(Q2), (rest[:, None] ** exponent).to(Q2)
             complement = 1 - U2.sum(1) if kept.shape[-1] < block.large.dim else 0 * U2.sum(1)
             part = block.unfold(Q2 @ (kept @ U2.T + rest * complement))
             parts.append(part.to(self.deltas.device))

@@ -86,7 +86,8 @@ class LoraLaplace(LoraKept):
             A folder to keep the running sums in. If the fit is interrupted, however that may be,
             the same call goes on where it was, and ends at the very posterior of a fit that was
             not, provided that the loader yields the same batches again and there are as many
-            processes. The files stay; delete the folder once the posterior is saved.
+            processes. (In float32, of one with the same checkpoints: sums are rounded where they
+            are kept.) The files stay; delete the folder once the posterior is saved.
         checkpoint_every : int, optional
             So many batches apart. Default: 100.
 
@@ -161,7 +162,7 @@ class LoraLaplace(LoraKept):
         """
         with shard.in_step():
             kept = Pass() if checkpoints is None else checkpoints.next_pass()
-            zero = torch.zeros((), dtype=self._dtype, device=self._device)
+            zero = torch.zeros((), dtype=torch.float64, device=self._device)
             progress = kept.start(Progress(empty(), zero, n_outputs))
             own = self._own_sums(shard, progress, accumulate, description, progress_bar, kept)
         if shard.size == 1:
@@ -202,7 +203,7 @@ class LoraLaplace(LoraKept):
             loss += summary.loss.to(loss)
             kept.keep(Progress(state, loss, n_outputs))
         kept.finish(Progress(state, loss, n_outputs))
-        return Sums(state, loss, n_data, n_outputs or 0, sample)
+        return Sums(state, loss.to(self._dtype), n_data, n_outputs or 0, sample)
 
     def _fit_batch(self, state: Any, x: Batch, y: Tensor) -> BatchSummary:
         if isinstance(self.backend, StreamingInterface):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_llm.eigen import cholesky, eigh
+
 
 def over_present(link: Callable[..., Tensor], absent: float = 0.0) -> Callable[..., Tensor]:
     """Give a link the choices that each row has, and them alone.
@@ -163,9 +165,9 @@ def _root(covariance: Tensor) -> Tensor:
     identity = torch.eye(covariance.shape[-1]).to(covariance)
     root, failed = torch.linalg.cholesky_ex(covariance + jitter[:, None, None] * identity)
     if bool(failed.any()):  # lift the lowest eigenvalue, of these rows alone
-        lowest = torch.linalg.eigvalsh(covariance.detach())[:, 0]
+        lowest = eigh(covariance.detach(), "the covariance of outputs")[0][:, 0]
         jitter = torch.where(failed > 0, 2 * (jitter - lowest), jitter)
-        root = torch.linalg.cholesky(covariance + jitter[:, None, None] * identity)
+        root = cholesky(covariance + jitter[:, None, None] * identity, "the outputs' covariance")
     return root
 
 

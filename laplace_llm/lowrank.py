@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from laplace_llm.eigen import eigh
 from laplace_llm.rows import LowRankGGN
 
 
@@ -83,7 +84,7 @@ class LowRankPrecision:
             values, vectors = self._spectrum
             values = values / self.deltas.double()
         else:
-            values, vectors = torch.linalg.eigh(self.whitened_gram())
+            values, vectors = eigh(self.whitened_gram(), "the whitened GGN of all tensors")
         # Below is only noise: the Gram's rounding, or that of products with R' / sqrt(s).
         eps = max(torch.finfo(self.ggn.store.dtype).eps ** 1.5, torch.finfo(values.dtype).eps)
         keep = values > eps * len(values) * values.detach()[-1:].clamp_min(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_llm.errors import StateError
-from laplace_llm.rows import LowRankGGN
+from laplace_llm.rows import LowRankGGN, sum_of_squares
 
 
 class OutputRows(LowRankGGN):
@@ -48,7 +48,7 @@ class OutputRows(LowRankGGN):
         block = self.store.extend(weights.numel()).view(*weights.shape, -1)
         for output, rows in enumerate(jacobian):
             rows = weights[:, output, None].sqrt() * rows
-            self.trace += rows.square().sum(dtype=torch.float64)
+            self.trace += sum_of_squares(rows)
             block[:, output] = rows
         self.join(weights, residuals.to(dtype))
 

@@ -206,6 +206,16 @@ class LoraPosterior(ParametricLaplace):
         return values.expand(self.n_layers).repeat_interleave(sizes, output_size=self.n_params)
 
     @property
+    def log_det_prior_precision(self) -> Tensor:
+        """Log determinant of the prior precision."""
+        return self.prior_precision_diag.double().log().sum().to(self._dtype)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log determinant of the posterior precision: the ratio's and the prior's."""
+        return self.log_det_ratio + self.log_det_prior_precision
+
+    @property
     def _prior_lengths(self) -> list[int]:
         return [1, self.n_layers, self.n_params]
 

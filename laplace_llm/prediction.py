@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from laplace_llm.eigen import eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES, over_present
 from laplace_llm.moments import Moments, glm_moments
@@ -218,7 +219,7 @@ class LoraPredictive(LoraPosterior):
             except torch.linalg.LinAlgError:
                 # Outputs that move together have a singular covariance, which has no Cholesky
                 # factor but a symmetric root all the same.
-                values, vectors = torch.linalg.eigh(covariance.double())
+                values, vectors = eigh(covariance.double(), "the outputs' covariance")
                 root = (vectors * values.clamp_min(0).sqrt()[..., None, :]).to(mean.dtype)
                 noise = torch.randn(
                     mean.shape[1], n_samples, dtype=mean.dtype, device=mean.device,

@@ -20,10 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from laplace_llm.eigen import eigh
 from laplace_llm.errors import StateError
 
 # How many rows beyond the largest rank may wait for the next truncation, as a part of that rank.
 SLACK = 0.25
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Return the sum of squares of rows (n, P), in float64, also where single ones overflow."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().sum()
 
 
 class RowStore:
@@ -160,7 +166,7 @@ class LowRankGGN:
 
     def add(self, rows: Tensor) -> None:
         """Add the GGN of rows (n, P)."""
-        self.trace += rows.square().sum(dtype=torch.float64)
+        self.trace += sum_of_squares(rows)
         self._append(rows)
 
     def _append(self, rows: Tensor) -> None:
@@ -179,7 +185,7 @@ class LowRankGGN:
         """Keep the `max_rank` leading eigenpairs, and count what is lost of the trace."""
         if self.max_rank is None or self.rank <= self.max_rank:
             return
-        values, vectors = torch.linalg.eigh(self.gram())
+        values, vectors = eigh(self.gram(), "the GGN of all tensors")
         kept = vectors[:, -self.max_rank :]
         self.lost_trace += values[: -self.max_rank].clamp_min(0).sum()
         for start, stop in self.blocks():

@@ -14,9 +14,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from laplace_llm.eigen import decomposing, eigh
 from laplace_llm.errors import OptionError
+from laplace_llm.sums import RunningSum
 
 DEFAULT_RANK = 64
+# Eigenvalues below so many times the rounding of the largest one are rounding themselves.
+ROUNDING = 16
 # Bytes of double-precision temporaries in an eigendecomposition of several sketches at once.
 WORKSPACE_BYTES = 8 * 2**20
 
@@ -58,16 +62,21 @@ class DenseMoment:
     """The exact (d, d) matrix ``sum a a^T``."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+        self.sum = RunningSum(matrix)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The (d, d) matrix; what is written to it counts."""
+        return self.sum.total()
 
     def add(self, rows: Tensor) -> None:
         """Add ``rows^T rows`` for rows of shape (n, d)."""
-        self.matrix.addmm_(rows.T, rows)
+        self.sum.open().addmm_(rows.T, rows)
 
     def merge(self, other: Moment) -> None:
         """Add another moment of the same kind."""
         assert isinstance(other, DenseMoment)
-        self.matrix += other.matrix
+        self.matrix.add_(other.matrix)
 
     def tensors(self) -> list[Tensor]:
         """Return what adds up over parts of the data; to be written to."""
@@ -75,8 +84,9 @@ class DenseMoment:
 
     @property
     def trace(self) -> Tensor:
-        """Trace of the matrix, exact."""
-        return self.matrix.trace()
+        """Trace of the matrix, exact, in float64."""
+        parts = [part.diagonal().sum(dtype=torch.float64) for part in self.sum.parts()]
+        return torch.stack(parts).sum()
 
 
 class SketchedMoment:
@@ -90,19 +100,20 @@ class SketchedMoment:
     sketch : Tensor
         (d, s).
     trace : Tensor
-        A scalar.
+        A scalar, in float64.
     """
 
     def __init__(self, sketch: Tensor, trace: Tensor) -> None:
-        self._sketch: Tensor | None = sketch
+        self._sum: RunningSum | None = RunningSum(sketch)
         self._spectrum: Spectrum | None = None
-        self._trace = trace
-        self.shape = sketch.shape
+        self._trace = trace.double()
+        self.shape, self.dtype = sketch.shape, sketch.dtype
 
     @classmethod
     def of_spectrum(cls, spectrum: Spectrum, trace: Tensor) -> SketchedMoment:
         """Return the moment that has been decomposed into `spectrum`."""
-        moment = cls(spectrum.vectors, trace)
+        moment = cls(spectrum.vectors[:0], trace)
+        moment.shape = spectrum.vectors.shape
         moment.decomposed(spectrum)
         return moment
 
@@ -110,8 +121,8 @@ class SketchedMoment:
     def sketch(self) -> Tensor:
         """Y of shape (d, s), in memory or worked out from the eigenpairs (``U l U^T Omega``)."""
         if self._spectrum is None:
-            assert self._sketch is not None
-            return self._sketch
+            assert self._sum is not None
+            return self._sum.total()
         U, values = self._spectrum.vectors, self._spectrum.values
         return U @ (values[:, None] * (U.T @ _test_matrix_of(U)))
 
@@ -122,30 +133,32 @@ class SketchedMoment:
 
     def decomposed(self, spectrum: Spectrum) -> None:
         """Keep the eigenpairs in place of the sketch."""
-        self._sketch, self._spectrum = None, spectrum
+        self._sum, self._spectrum = None, spectrum
 
     def add(self, rows: Tensor) -> None:
         """Add ``rows^T rows`` for rows of shape (n, d)."""
-        self._writable().addmm_(rows.T, rows @ _test_matrix_of(rows.T, self.shape[1]))
-        self._trace += rows.square().sum()
+        sketch = self._writable().open()
+        sketch.addmm_(rows.T, rows @ _test_matrix_of(rows.T, self.shape[1]))
+        self._trace += rows.square().sum(dtype=torch.float64)
 
     def merge(self, other: Moment) -> None:
         """Add another moment of the same kind (and so the same test matrix)."""
         assert isinstance(other, SketchedMoment)
-        self._writable().add_(other.sketch)
+        self._writable().total().add_(other.sketch)
         self._trace += other._trace
 
     def tensors(self) -> list[Tensor]:
         """Return what adds up over parts of the data; to be written to."""
-        return [self._writable(), self._trace]
+        return [self._writable().total(), self._trace]
 
-    def _writable(self) -> Tensor:
-        self._sketch, self._spectrum = self.sketch, None
-        return self._sketch
+    def _writable(self) -> RunningSum:
+        if self._sum is None:
+            self._sum, self._spectrum = RunningSum(self.sketch), None
+        return self._sum
 
     @property
     def trace(self) -> Tensor:
-        """Trace of the summarised matrix, exact."""
+        """Trace of the summarised matrix, exact, in float64."""
         return self._trace
 
 
@@ -179,7 +192,7 @@ def new_moment(
     if small or dim <= columns:
         return DenseMoment(torch.zeros(dim, dim, dtype=dtype, device=device))
     zeros = torch.zeros(dim, columns, dtype=dtype, device=device)
-    return SketchedMoment(zeros, zeros.new_zeros(()))
+    return SketchedMoment(zeros, zeros.new_zeros((), dtype=torch.float64))
 
 
 def spectra(moments: Sequence[Moment]) -> list[Spectrum]:
@@ -212,16 +225,17 @@ def _decompose(moments: list[Moment]) -> list[Spectrum]:
     """Return the spectra of moments of one kind, shape and device."""
     if isinstance(moments[0], DenseMoment):
         matrices = torch.stack([m.matrix for m in moments if isinstance(m, DenseMoment)])
-        values, vectors = torch.linalg.eigh(matrices)
-        return [
-            Spectrum(*pair, values.new_zeros(()))
-            for pair in zip(vectors, values.clamp_min(0), strict=True)
-        ]
+        what = f"Kronecker factors of shape {tuple(matrices.shape[1:])}"
+        values, vectors = (part.to(matrices) for part in eigh(matrices.double(), what))
+        values = above_rounding(values, values[:, -1:], matrices.dtype)
+        rest = values.new_zeros(())
+        return [Spectrum(*pair, rest) for pair in zip(vectors, values, strict=True)]
     sketched = [m for m in moments if isinstance(m, SketchedMoment)]
     sketch = torch.stack([m.sketch for m in sketched])
-    values, vectors, dropped = _nystrom(sketch)
-    lost = torch.stack([m.trace.double() for m in sketched]) - values.sum(1)
+    values, vectors, dropped, shift = _nystrom(sketch)
+    lost = torch.stack([m.trace for m in sketched]) - values.sum(1)
     rest = lost.clamp_min(0) / (sketch.shape[1] - (~dropped).sum(1)).clamp_min(1)
+    rest = torch.where(rest > ROUNDING * shift, rest, 0)  # else it comes of the sketch's rounding
     values = torch.where(dropped, rest[:, None], values)
     results = []
     for moment, *parts in zip(sketched, vectors, values.to(sketch), rest.to(sketch), strict=True):
@@ -233,8 +247,17 @@ def _decompose(moments: list[Moment]) -> list[Spectrum]:
     return results
 
 
-def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues (b, s), falling, eigenvectors (b, d, s) and which of them are dropped.
+def above_rounding(values: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values, and zeros for those that are the rounding of `largest` in this precision.
+
+    Of a factor that is not of full rank, nothing else is left; next to a small prior precision it
+    would be taken for curvature.
+    """
+    return torch.where(values > ROUNDING * torch.finfo(dtype).eps * largest, values, 0)
+
+
+def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return eigenvalues (b, s), falling, eigenvectors (b, d, s), which are dropped, and the shift.
 
     The Nystrom approximation ``Y (Omega^T Y)^-1 Y^T`` of Tropp, Yurtsever, Udell and Cevher
     (*Fixed-rank approximation of a positive-semidefinite matrix from streaming data*, NeurIPS
@@ -259,20 +282,22 @@ def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     core = sum(o.T @ y for _, y, o in shifted())
     assert isinstance(core, Tensor)
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    what = f"sketches of Kronecker factors of shape {(dim, dim)}"
+    values, vectors = eigh((core + core.mT) / 2, what)
     kept = values > shift[:, None]  # below it, rounding of the stored sketch is all there is
     root = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0)[:, None]
     triangle = sketch.new_zeros(len(sketch), 0, sketch.shape[2], dtype=torch.float64)
-    for _, y, _ in shifted():  # of the QR decomposition of (Y + shift Omega) root
-        triangle = torch.linalg.qr(torch.cat([triangle, y @ root], 1), mode="r")[1]
-    _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
+    with decomposing(what):
+        for _, y, _ in shifted():  # of the QR decomposition of (Y + shift Omega) root
+            triangle = torch.linalg.qr(torch.cat([triangle, y @ root], 1), mode="r")[1]
+        _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
     values, eps = singular.square(), torch.finfo(torch.float64).eps
-    dropped = values <= torch.maximum(shift, eps * values[:, 0])[:, None]
+    dropped = values <= torch.maximum(2 * shift, eps * values[:, 0])[:, None]
     rotation = right.mT * torch.where(dropped, 0, 1 / singular.clamp_min(1e-300))[:, None]
     for y, exact, _ in shifted():
         y.copy_(exact @ root @ rotation)
     values = (values - shift[:, None]).clamp_min(0)
-    return torch.where(dropped, 0, values), sketch, dropped
+    return torch.where(dropped, 0, values), sketch, dropped, shift
 
 
 def check_rank(rank: int | None) -> None:

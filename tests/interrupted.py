@@ -25,6 +25,7 @@ BATCHES = 5
 STRUCTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "kron": (KronLoraLaplace, {}),
     "kron, rank 2": (KronLoraLaplace, {"backend_kwargs": {"rank": 2}}),
+    "kron, rank 2, float32": (KronLoraLaplace, {"backend_kwargs": {"rank": 2}}),
     "kron, sampled": (KronLoraLaplace, {"backend_kwargs": {"stochastic": True}}),
     "kron, empirical": (KronLoraLaplace, {"backend": StreamingEF}),
     "kron, curvlinops": (KronLoraLaplace, {"backend": CurvlinopsGGN}),
@@ -46,7 +47,9 @@ STRUCTURES: dict[str, tuple[Any, dict[str, Any]]] = {
 def build(structure: str, head: str = "letters") -> Any:
     """Return a posterior before its fit."""
     cls, kwargs = STRUCTURES[structure]
-    return cls(letter_head() if head == "letters" else tiny_mlp(), "classification", **kwargs)
+    dtype = torch.float32 if structure.endswith("float32") else torch.float64
+    model = letter_head(dtype=dtype) if head == "letters" else tiny_mlp(dtype)
+    return cls(model, "classification", **kwargs)
 
 
 def batches(head: str = "letters") -> list[Any]:

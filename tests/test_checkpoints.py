@@ -34,10 +34,10 @@ def interrupt() -> None:
     raise KeyboardInterrupt("bomb")
 
 
-def uninterrupted(structure: str) -> Any:
+def uninterrupted(structure: str, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     la = build(structure)
-    la.fit(batches())
+    la.fit(batches(), **kwargs)
     return result(la)
 
 
@@ -70,7 +70,10 @@ def test_an_interrupted_fit_ends_as_one_that_was_not(structure, before, tmp_path
     torch.manual_seed(1)  # the checkpoint has the random state, where it matters
     again = build(structure)
     again.fit(batches(), checkpoint_dir=tmp_path, checkpoint_every=1)
-    assert result(again) == uninterrupted(structure)
+    # In single precision, how sums are rounded depends on when they are kept.
+    other = {"checkpoint_dir": tmp_path / "other", "checkpoint_every": 1}
+    single = other if structure.endswith("float32") else {}
+    assert result(again) == uninterrupted(structure, **single)
 
 
 @pytest.mark.parametrize("structure", ["ekfac", "ekfac, rank 2"])

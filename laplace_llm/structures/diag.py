@@ -25,7 +25,7 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
     _key = ("lora", "diag")
 
     def _empty_curvature(self) -> Tensor:
-        return torch.zeros(self.n_params, dtype=self._dtype, device=self._device)
+        return torch.zeros(self.n_params, dtype=torch.float64, device=self._device)
 
     def _accumulate(self, state: Tensor, x: Batch, y: Tensor) -> BatchSummary:
         return self._streaming.accumulate_diag(state, x, y)
@@ -44,7 +44,14 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
         return loss
 
     def _set_curvature(self, state: Tensor, merge: bool) -> None:
-        self.H = state + self.H if merge else state
+        self.H = (state + self.H if merge else state).to(self._dtype)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """``log det P - log det P_0``, computed as one (the parent subtracts two huge numbers)."""
+        self._check_H_init()
+        curvature = self._H_factor * self.H.double()
+        return (curvature / self.prior_precision_diag).log1p().sum().to(self._dtype)
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         variances = self.posterior_variance.split([j.shape[-1] for j in jacobians])

@@ -24,6 +24,7 @@ from laplace_llm._compat import (
 from laplace_llm.adapters import Sides, find_lora_tensors, lora_dtype, resolve_adapter
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.curvature import StreamingInterface, check_streaming
+from laplace_llm.eigen import decomposing
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import as_classifier
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
@@ -163,7 +164,7 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace, SavedPosterior):
                 f"Expected the whole training data, as {type(self).__name__} is fitted by one "
                 "process, but got a shard. Give it the whole data, or use FunctionalLoraLaplace."
             )
-        with self._borrowed():
+        with self._borrowed(), decomposing("the Nystrom features"):
             super().fit(train_loader, **kwargs)
 
     def functional_variance(self, jacobians: Tensor) -> Tensor:

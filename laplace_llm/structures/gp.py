@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_llm._compat import CurvatureInterface
 from laplace_llm.adapters import Sides
 from laplace_llm.curvature import BatchSummary
+from laplace_llm.eigen import decomposing, eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.lowrank import LowRankPrecision
 from laplace_llm.outputs import OutputRows
@@ -161,8 +162,9 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         assert isinstance(state, OutputRows)
         if merge and self.H is not None:
             state.merge(self.H)
-        self._parts = state.separate() if self.independent_outputs else [state]
-        self._spectra = [torch.linalg.eigh(part.gram()) for part in self._parts]
+        parts = state.separate() if self.independent_outputs else [state]
+        self._spectra = [eigh(part.gram(), "the training kernel") for part in parts]
+        self._parts: list[OutputRows] = parts
         self._part_grams: list[Tensor] | None = None
         self._shifts: tuple[Tensor, list[Tensor]] | None = None
         self.H = state
@@ -262,7 +264,8 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         ):
             kernel = process.whitened_gram() / part.scale / part.scale[:, None]
             kernel = kernel + noise.to(kernel) * torch.eye(len(kernel)).to(kernel)
-            total = total + mu @ torch.linalg.solve(kernel, mu)
+            with decomposing("the training kernel"):
+                total = total + mu @ torch.linalg.solve(kernel, mu)
         return total.to(self._dtype)
 
     def _prior_shifts(self) -> list[Tensor]:

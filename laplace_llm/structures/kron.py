@@ -82,9 +82,10 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
     def _accumulate_parent(self, state: LoraKron, x: Batch, y: Tensor) -> Tensor:
         # N=1 makes the parent's input factor a sum over examples, which is what LoraKron keeps.
         loss, kron = self.backend.kron(x, y, N=1, **self._asdl_fisher_kwargs)
-        for pair, (outputs, inputs) in zip(state.pairs, kron.kfacs, strict=True):
-            pair.outputs.matrix += outputs.to(pair.outputs.matrix)  # type: ignore[union-attr]
-            pair.inputs.matrix += inputs.to(pair.inputs.matrix)  # type: ignore[union-attr]
+        for pair, factors in zip(state.pairs, kron.kfacs, strict=True):
+            for moment, factor in zip((pair.outputs, pair.inputs), factors, strict=True):
+                total = moment.sum.open()  # type: ignore[union-attr]
+                total += factor.to(total)
         state.n_data += len(y)
         return loss
 
@@ -102,6 +103,11 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
             state.merge(self.H_facs)
         self.H = state.decompose(damping=self.damping)
         self.H_facs = state
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """``log det P - log det P_0``, computed as one (the parent subtracts two huge numbers)."""
+        return self.posterior_precision.logdet_ratio().to(self._dtype)
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:
         return self.posterior_precision.variance(jacobians)

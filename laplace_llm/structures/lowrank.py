@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_llm._compat import CurvatureInterface, ParametricLaplace
 from laplace_llm.adapters import Sides
 from laplace_llm.curvature import BatchSummary, check_streaming
+from laplace_llm.eigen import eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
 from laplace_llm.lowrank import LowRankPrecision
@@ -106,7 +107,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         if merge and self.H is not None:
             state.merge(self.H)
         state.truncate()
-        self._spectrum = torch.linalg.eigh(state.gram())
+        self._spectrum = eigh(state.gram(), "the GGN of all tensors")
         self._grams: Tensor | None = None
         self.H = state
 
@@ -136,11 +137,6 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
     def log_det_ratio(self) -> Tensor:
         """``log det P - log det P_0``, computed as one (the parent subtracts two huge numbers)."""
         return self._precision(self.prior_precision).logdet_ratio().to(self._dtype)
-
-    @property
-    def log_det_posterior_precision(self) -> Tensor:
-        """Log determinant of the posterior precision."""
-        return self.log_det_ratio + self.log_det_prior_precision
 
     def square_norm(self, value: Tensor) -> Tensor:
         """Return ``(value - mean)^T P (value - mean)``."""
