@@ -6,6 +6,7 @@ come from the streaming backend, and the model is only borrowed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -164,6 +165,11 @@ class FunctionSpaceOfLora(BaseFunctionalLaplace, SavedPosterior):
                 f"Expected the whole training data, as {type(self).__name__} is fitted by one "
                 "process, but got a shard. Give it the whole data, or use FunctionalLoraLaplace."
             )
+        # The parent's steps write into these, so that the present ones are kept from it for the
+        # case of an error.
+        for key, value in list(vars(self).items()):
+            if isinstance(value, (nn.Parameter, torch.Generator)) or key == "fit_history_":
+                setattr(self, key, copy.deepcopy(value))
         with self._borrowed(), decomposing("the Nystrom features"):
             super().fit(train_loader, **kwargs)
 
