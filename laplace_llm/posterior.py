@@ -238,6 +238,8 @@ class LoraPosterior(ParametricLaplace):
     def prior_mean(self, value: float | Tensor) -> None:
         prior.check_mean(value, self.n_params)
         super(LoraPosterior, type(self)).prior_mean.fset(self, value)
+        if isinstance(value, Tensor) and value.ndim == 0:  # which the parent makes (1,)
+            self._prior_mean = self._prior_mean.squeeze()
 
     @property
     def sigma_noise(self) -> Tensor:
