@@ -48,10 +48,10 @@ def labelled(
             y = _as_labels(y, device)
         except DataError as error:
             raise numbered(error, index) from error
-        fresh = shard.fresh(len(y)) if y.ndim else 1
+        fresh = shard.fresh(len(y))
         if fresh == 0:
             continue
-        if y.ndim and fresh < len(y):
+        if fresh < len(y):
             x, y = next(slices(x, fresh)), y[:fresh]
         if isinstance(x, Tensor):
             x = x.to(device)
@@ -91,11 +91,12 @@ def check_inputs(x: Any, device: torch.device) -> None:
             f"Expected inputs that are a tensor (B, ...) or a mapping, but got {came}. Collate "
             "lists and arrays into tensors."
         )
-    entries = x.values() if isinstance(x, MutableMapping) else [x]
-    tensors = [value for value in entries if isinstance(value, Tensor)]
-    if any(tensor.is_meta for tensor in tensors) and device.type != "meta":
-        raise DataError(f"Expected inputs with values for {device}, but got some on meta.")
-    if not len(x) or any(tensor.ndim and not len(tensor) for tensor in tensors):
+    entries = x if isinstance(x, MutableMapping) else {"inputs": x}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    absent = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if absent and device.type != "meta":
+        raise DataError(f"Expected {absent[0]!r} with values for {device}, but got it on meta.")
+    if not len(x) or any(tensor.ndim and not len(tensor) for tensor in tensors.values()):
         raise DataError(
             "Expected inputs of at least one example in every batch, but got an empty one."
         )
@@ -109,6 +110,8 @@ def _as_labels(y: Any, device: torch.device) -> Tensor:
             f"Expected labels that are numbers, but got {y!r:.80} ({error}). Collate them into a "
             "tensor."
         ) from error
+    if labels.ndim == 0:
+        raise DataError(f"Expected a label for each example of a batch, but got {y!r} alone.")
     if labels.is_meta and device.type != "meta":
         raise DataError(f"Expected labels with values for {device}, but got some on meta.")
     return labels

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from laplace_llm._compat import computed_here, validate
 from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
-from laplace_llm.errors import DataError, OptionError, OutputError, PriorError
+from laplace_llm.errors import OptionError, OutputError, PriorError
 from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.moments import Moments
 from laplace_llm.shards import Shard, as_shard
@@ -173,8 +173,6 @@ def _check_labels(la: LoraPredictive, loader: Any) -> None:
     """Check the labels of a loader that is to be passed over again for every value."""
     n_outputs = None
     for index, (x, y) in enumerate(_labelled(la, loader, False)):
-        if y.ndim == 0:
-            raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
         with la._borrowed(), torch.no_grad():
             outputs = la.model(x)
         check_logits(outputs)
