@@ -12,7 +12,7 @@ from torch import nn
 
 from laplace_llm.causal_heads import MultipleChoiceHead
 from laplace_llm.errors import AdapterError, OptionError, UnsupportedLayerError
-from laplace_llm.heads import offloaded
+from laplace_llm.heads import check_module, offloaded
 from laplace_llm.layers import adapters_of, check_supported, lora_layers, other_methods
 from laplace_llm.tensors import (
     BiasTensor,
@@ -48,6 +48,7 @@ def resolve_adapter(model: nn.Module, adapter: str | None = None) -> str:
     UnsupportedLayerError
         If the model carries an adapter of another PEFT method.
     """
+    check_module(model)
     layers = dict(lora_layers(model))
     known = sorted({name for layer in layers.values() for name in adapters_of(layer)})
     if not known:

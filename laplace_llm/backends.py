@@ -10,6 +10,7 @@ from laplace_llm import seeds
 from laplace_llm._compat import EFInterface, GGNInterface
 from laplace_llm.curvature import StreamingInterface
 from laplace_llm.errors import OptionError
+from laplace_llm.options import check_count, check_flag
 
 
 class StreamingGGN(StreamingInterface, GGNInterface):
@@ -37,8 +38,8 @@ class StreamingGGN(StreamingInterface, GGNInterface):
         mc_samples: int = 1,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(mc_samples, int) or mc_samples < 1:
-            raise OptionError(f"Expected mc_samples to be an integer >= 1, but got {mc_samples!r}.")
+        check_count("mc_samples", mc_samples)
+        check_flag("stochastic", stochastic)
         super().__init__(
             model, likelihood, last_layer, subnetwork_indices, dict_key_x, dict_key_y, **kwargs
         )

@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import MutableMapping, Sequence
 from copy import deepcopy
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from laplace_llm.collate import continuation, target
+from laplace_llm.collate import check_tokenizer, continuation, target
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import (
     Head,
     at_least_float32,
+    check_mask,
+    check_module,
+    check_token_ids,
     moved,
     offloaded,
     only_present,
@@ -36,6 +40,7 @@ class CausalHead(Head):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        check_module(model)
         self.model = model
         causal = self._causal
         if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
@@ -53,7 +58,11 @@ class CausalHead(Head):
 
     @property
     def _device(self) -> torch.device:
-        return self._causal.get_input_embeddings().weight.device
+        return self._embeddings.weight.device
+
+    @property
+    def _embeddings(self) -> Any:
+        return self._causal.get_input_embeddings()
 
     def _hidden(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
@@ -159,6 +168,9 @@ class MultipleChoiceHead(CausalHead):
         OptionError
             If two choices begin with the same token.
         """
+        check_tokenizer(tokenizer)
+        if not all(isinstance(choice, str) for choice in choices):
+            raise OptionError(f"Expected choices that are strings, but got {choices!r}.")
         texts = [choice.strip() for choice in choices]
         if _is_encoder_decoder(unwrap(model)):
             ids = [target(tokenizer, text)[0] for text in texts]
@@ -186,7 +198,7 @@ class MultipleChoiceHead(CausalHead):
             If a row has no real token or no choice, or the inputs are missing, of another shape,
             or packed choices.
         """
-        ids, mask = ids_and_mask(batch, 2, self._device)
+        ids, mask = ids_and_mask(batch, 2, self._embeddings)
         if "choice_ids" in batch:
             raise DataError(
                 "Expected prompts that the choices' tokens follow, but got packed choices "
@@ -277,7 +289,15 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 def _check_token_ids(ids: Sequence[int], causal: PreTrainedModel) -> list[int]:
     size = causal.get_output_embeddings().weight.shape[0]
-    values = [int(i) for i in ids]
+    given = ids.tolist() if hasattr(ids, "tolist") else ids
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    whole = listed and all(isinstance(i, Integral) and not isinstance(i, bool) for i in given)
+    if not whole:
+        raise OptionError(
+            f"Expected choice_token_ids to be a sequence of token ids, but got {ids!r}. For texts "
+            "use MultipleChoiceHead.from_tokenizer."
+        )
+    values = [int(i) for i in given]
     if not values or len(set(values)) != len(values) or not all(0 <= i < size for i in values):
         raise OptionError(
             f"Expected distinct token ids between 0 and {size - 1}, but got {values}."
@@ -296,21 +316,15 @@ def entry(batch: MutableMapping[str, Any], key: str, ndim: int, device: torch.de
 
 
 def ids_and_mask(
-    batch: MutableMapping[str, Any], ndim: int, device: torch.device
+    batch: MutableMapping[str, Any], ndim: int, embeddings: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """Return ``input_ids`` and ``attention_mask``, all ones where the batch has none."""
+    device = embeddings.weight.device
+    assert isinstance(device, torch.device)
     ids = entry(batch, "input_ids", ndim, device)
+    check_token_ids(ids, embeddings)
     if "attention_mask" not in batch:
         return ids, torch.ones_like(ids)
-    mask = entry(batch, "attention_mask", ndim, device).long()
-    check_same_shape("attention_mask", mask, ids)
-    return ids, mask
-
-
-def check_same_shape(key: str, values: Tensor, ids: Tensor) -> None:
-    """Raise DataError unless an entry has the shape of ``input_ids``."""
-    if values.shape != ids.shape:
-        raise DataError(
-            f"Expected batch[{key!r}] to have the shape of input_ids, {tuple(ids.shape)}, but got "
-            f"{tuple(values.shape)}."
-        )
+    mask = entry(batch, "attention_mask", ndim, device)
+    check_mask(mask, ids)
+    return ids, mask.long()

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from laplace_llm.errors import DataError
+from laplace_llm.errors import DataError, OptionError
+from laplace_llm.options import check_count
 
 Row = Mapping[str, Any]
 Parts = tuple[list[int], list[list[int]]]  # a question's tokens, and each choice's
@@ -41,8 +42,26 @@ def question_prompt(row: Row) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
+class _Collator:
+    """What both collators check when they are made."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Callable[[Row], str]
+    n_choices: int | None
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer)
+        if not callable(self.prompt):
+            raise OptionError(
+                f"Expected prompt to be a function from a row to a text, but got {self.prompt!r}. "
+                "Use laplace_llm.tasks.Template for a text with fields."
+            )
+        if self.n_choices is not None:
+            check_count("n_choices", self.n_choices)
+
+
 @dataclass
-class MultipleChoiceCollator:
+class MultipleChoiceCollator(_Collator):
     """Batches for `MultipleChoiceHead`: one prompt a question.
 
     Parameters
@@ -83,7 +102,7 @@ class MultipleChoiceCollator:
 
 
 @dataclass
-class ChoiceScoringCollator:
+class ChoiceScoringCollator(_Collator):
     """Batches for `ChoiceScoringHead`: one sequence a question, or one a choice.
 
     Both give the same scores and gradients. Packed, the question is computed once instead of once
@@ -201,8 +220,19 @@ def target(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise OptionError unless it is a Hugging Face tokenizer, or one that is like it."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "padding_side"):
+        raise OptionError(
+            f"Expected tokenizer to be a Hugging Face tokenizer, but got a "
+            f"{type(tokenizer).__name__}. Load one with AutoTokenizer.from_pretrained(...)."
+        )
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, closing: bool = False) -> list[int]:
     """Tokenise with a leading special token (BOS), and without a closing one (EOS) unless told."""
+    if not isinstance(text, str) or not text:
+        raise DataError(f"Expected prompt to return a text, but got {text!r}.")
     ids = list(tokenizer(text)["input_ids"])
     if closing:
         return ids
@@ -237,13 +267,24 @@ def _present(rows: Sequence[Row], n_choices: int | None) -> dict[str, Tensor]:
 def _labels(rows: Sequence[Row]) -> dict[str, Tensor]:
     if not rows:
         raise DataError("Expected at least one row, but got none.")
+    if isinstance(rows, Mapping):
+        raise DataError("Expected a list of rows, but got a single row. Put it into a list.")
     for index, row in enumerate(rows):
-        if "question" not in row or not row.get("choices"):
+        if not isinstance(row, Mapping):
+            raise DataError(f"Expected row {index} to be a mapping, but got {row!r}.")
+        if row.get("question") is None or not row.get("choices"):
             raise DataError(
-                f"Expected rows with 'question' and 'choices', but row {index} has {sorted(row)}."
+                f"Expected rows with 'question' and 'choices', but row {index} has "
+                f"{sorted(map(str, row))}, of which one or both are missing or empty."
+            )
+        choices = row["choices"]
+        if isinstance(choices, str) or any(choice is None for choice in choices):
+            raise DataError(
+                f"Expected the choices of row {index} to be a list of texts, but got {choices!r}."
             )
         answer = row.get("answer", 0)
-        if not isinstance(answer, Integral) or not 0 <= int(answer) < len(row["choices"]):
+        whole = isinstance(answer, Integral) and not isinstance(answer, bool)
+        if not whole or not 0 <= int(answer) < len(row["choices"]):
             raise DataError(
                 f"Expected the answer to be an index into {len(row['choices'])} choices, but row "
                 f"{index} has {answer!r}."

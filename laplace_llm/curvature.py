@@ -364,8 +364,19 @@ class StreamingInterface(CurvatureInterface):
             return accumulate(state, x, y).loss, state
 
 
+def check_backend(backend: Any) -> None:
+    """Raise OptionError unless the backend is a class of backends, or None."""
+    if backend is None or (isinstance(backend, type) and issubclass(backend, CurvatureInterface)):
+        return
+    raise OptionError(
+        f"Expected backend to be a class such as StreamingGGN, but got {backend!r}. Leave it out "
+        "for the default; its arguments go into backend_kwargs=..."
+    )
+
+
 def check_streaming(backend: type[CurvatureInterface] | None, needed: str) -> None:
     """Raise OptionError unless the backend is the default or another streaming one."""
+    check_backend(backend)
     if backend is not None and not issubclass(backend, StreamingInterface):
         raise OptionError(
             f"{backend.__name__} cannot give {needed}. Leave out backend=..., or use "

@@ -44,13 +44,14 @@ def labelled(
         empty = False
         try:
             x, y = _split(ordinary(batch), key)
+            check_inputs(x, device)
+            y = _as_labels(y, device)
         except DataError as error:
             raise numbered(error, index) from error
-        y = torch.as_tensor(y)
-        fresh = shard.fresh(len(y)) if y.ndim else 1
+        fresh = shard.fresh(len(y))
         if fresh == 0:
             continue
-        if y.ndim and fresh < len(y):
+        if fresh < len(y):
             x, y = next(slices(x, fresh)), y[:fresh]
         if isinstance(x, Tensor):
             x = x.to(device)
@@ -69,8 +70,9 @@ def _split(batch: Any, key: str) -> tuple[Batch, Any]:
     """Return the inputs and labels of a batch of either kind."""
     if isinstance(batch, MutableMapping):
         if key not in batch:
+            names = sorted(map(str, batch))
             raise DataError(
-                f"Expected labels under {key!r} in every batch, but got the keys {sorted(batch)}. "
+                f"Expected labels under {key!r} in every batch, but got the keys {names}. "
                 "Add them in the collator, or name their key with dict_key_y=..."
             )
         return batch, batch[key]
@@ -79,6 +81,40 @@ def _split(batch: Any, key: str) -> tuple[Batch, Any]:
     raise DataError(
         f"Expected each batch to be a mapping or an (X, y) pair, but got a {type(batch).__name__}."
     )
+
+
+def check_inputs(x: Any, device: torch.device) -> None:
+    """Raise DataError unless `x` is what a model can be called with: not nothing, and in memory."""
+    if not isinstance(x, (Tensor, MutableMapping)) or (isinstance(x, Tensor) and x.ndim == 0):
+        came = f"the scalar {x}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise DataError(
+            f"Expected inputs that are a tensor (B, ...) or a mapping, but got {came}. Collate "
+            "lists and arrays into tensors."
+        )
+    entries = x if isinstance(x, MutableMapping) else {"inputs": x}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    absent = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if absent and device.type != "meta":
+        raise DataError(f"Expected {absent[0]!r} with values for {device}, but got it on meta.")
+    if not len(x) or any(tensor.ndim and not len(tensor) for tensor in tensors.values()):
+        raise DataError(
+            "Expected inputs of at least one example in every batch, but got an empty one."
+        )
+
+
+def _as_labels(y: Any, device: torch.device) -> Tensor:
+    try:
+        labels = torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"Expected labels that are numbers, but got {y!r:.80} ({error}). Collate them into a "
+            "tensor."
+        ) from error
+    if labels.ndim == 0:
+        raise DataError(f"Expected a label for each example of a batch, but got {y!r} alone.")
+    if labels.is_meta and device.type != "meta":
+        raise DataError(f"Expected labels with values for {device}, but got some on meta.")
+    return labels
 
 
 def numbered(error: LaplaceLLMError, index: int) -> LaplaceLLMError:
@@ -121,8 +157,14 @@ def check_labels(
                 f"Expected regression targets of the outputs' shape {tuple(logits.shape)}, but got "
                 f"{tuple(labels.shape)}."
             )
+        if labels.is_complex() or not bool(labels.isfinite().all()):
+            raise DataError(
+                "Expected finite regression targets, but got NaN, inf or complex numbers. Leave "
+                "such examples out."
+            )
         return labels.to(logits.dtype)
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if labels.shape != logits.shape[:1] or not whole:
         raise DataError(
             f"Expected one integer label for each of {len(logits)} examples, but got shape "
             f"{tuple(labels.shape)} of {labels.dtype}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -70,6 +70,7 @@ class SequenceClassificationHead(Head):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        check_module(model)
         self.model = model
         accepted = inspect.signature(unwrap(model).forward).parameters
         self._accepted = set(accepted) - {"labels", "return_dict", "kwargs"}
@@ -93,6 +94,10 @@ class SequenceClassificationHead(Head):
         DataError
             If ``choice_present`` is of another shape, or a row has no choice.
         """
+        if not isinstance(batch, MutableMapping):
+            raise DataError(
+                f"Expected a batch that is a mapping with 'input_ids', but got {_shown(batch)}."
+            )
         batch = self.prepare(batch)
         device = next(self.model.parameters()).device
         inputs = {
@@ -100,6 +105,7 @@ class SequenceClassificationHead(Head):
             for key, value in batch.items()
             if key in self._accepted and isinstance(value, Tensor)
         }
+        self._check_inputs(batch, inputs)
         lead = inputs["input_ids"].shape[:-1] if "input_ids" in inputs else torch.Size()
         if len(lead) == 2 and "attention_mask" in inputs:
             inputs["attention_mask"] = attendable(inputs["attention_mask"])
@@ -124,6 +130,62 @@ class SequenceClassificationHead(Head):
                 )
             logits = logits.view(lead)
         return only_present(at_least_float32(logits), present_choices(batch))
+
+    def _check_inputs(self, batch: MutableMapping[str, Any], inputs: dict[str, Tensor]) -> None:
+        """Raise DataError unless the model has what it is to read."""
+        if "input_ids" in batch and "input_ids" in self._accepted:
+            if "input_ids" not in inputs:
+                came = _shown(batch["input_ids"])
+                raise DataError(f"Expected batch['input_ids'] to be a tensor, but got {came}.")
+            embeddings = cast(PreTrainedModel, unwrap(self.model)).get_input_embeddings()
+            check_token_ids(inputs["input_ids"], embeddings)
+            if "attention_mask" in inputs:
+                check_mask(inputs["attention_mask"], inputs["input_ids"])
+        elif not inputs:
+            raise DataError(
+                f"Expected a batch with 'input_ids', but got the keys {sorted(map(str, batch))}. "
+                "Name the inputs as the model does."
+            )
+
+
+def check_token_ids(ids: Tensor, embeddings: nn.Module) -> None:
+    """Raise DataError unless all are integers that the embeddings (V, d) have a row for."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise DataError(
+            f"Expected batch['input_ids'] to be integers, but got {ids.dtype}. Call .long()."
+        )
+    if not ids.numel():
+        raise DataError(
+            f"Expected at least one token in batch['input_ids'], but its shape is "
+            f"{tuple(ids.shape)}."
+        )
+    weight = getattr(embeddings, "weight", None)
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or (isinstance(weight, Tensor) and high >= len(weight)):
+        allowed = "from 0 up" if weight is None else f"from 0 to {len(weight) - 1}"
+        raise DataError(
+            f"Expected batch['input_ids'] {allowed}, as the model has embeddings for, but got "
+            f"{low if low < 0 else high}. Use the model's own tokenizer."
+        )
+
+
+def check_mask(mask: Tensor, ids: Tensor) -> None:
+    """Raise DataError unless the attention mask has a 0 or 1 for each token."""
+    check_same_shape("attention_mask", mask, ids)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise DataError(
+            "Expected batch['attention_mask'] to be 1 on real tokens and 0 on padding, but got "
+            f"{mask[(mask != 0) & (mask != 1)][0].item()}."
+        )
+
+
+def check_same_shape(key: str, values: Tensor, ids: Tensor) -> None:
+    """Raise DataError unless an entry has the shape of ``input_ids``."""
+    if values.shape != ids.shape:
+        raise DataError(
+            f"Expected batch[{key!r}] to have the shape of input_ids, {tuple(ids.shape)}, but got "
+            f"{tuple(values.shape)}."
+        )
 
 
 def present_choices(batch: Any) -> Tensor | None:
@@ -172,6 +234,19 @@ def as_classifier(model: nn.Module) -> nn.Module:
     if isinstance(unwrap(model), PreTrainedModel):
         return SequenceClassificationHead(model)
     return model
+
+
+def check_module(model: Any) -> None:
+    """Raise AdapterError unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"Expected a model (a torch.nn.Module), but got {_shown(model)}. Load it first, "
+            "and wrap it with peft.get_peft_model(model, LoraConfig(...))."
+        )
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def undistributed(model: nn.Module) -> nn.Module:

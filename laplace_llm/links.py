@@ -119,7 +119,8 @@ def quasi_monte_carlo(mean: Tensor, covariance: Tensor, points: int = 1024) -> T
     The same scrambled Sobol points serve every row and every call, so the result is deterministic,
     does not depend on the batch, and is smooth in the covariance. What is integrated are the
     differences to the likeliest class, from the second likeliest to the unlikeliest, so that
-    neither what all logits share nor the order of the classes has an effect.
+    neither what all logits share nor the order of the classes has an effect. Where classes tie for
+    a place, their order decides, by no more than the integration's error.
 
     Parameters
     ----------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from laplace_llm.adapters import (
 )
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.checkpoints import Checkpoints
-from laplace_llm.curvature import BatchSummary, StreamingInterface
-from laplace_llm.errors import AdapterError, NotFittedError, OptionError, PriorError
-from laplace_llm.heads import as_classifier, undistributed
+from laplace_llm.curvature import BatchSummary, StreamingInterface, check_backend
+from laplace_llm.errors import AdapterError, NotFittedError, OptionError
+from laplace_llm.heads import as_classifier, check_module, undistributed
+from laplace_llm.options import check_flag, check_positive
 from laplace_llm.session import borrowed
 from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
@@ -100,6 +102,13 @@ class LoraPosterior(ParametricLaplace):
         include_modules_to_save: bool = False,
         **structure_kwargs: Any,
     ) -> None:
+        check_module(model)
+        check_backend(backend)
+        check_positive("sigma_noise", sigma_noise)
+        check_flag("enable_backprop", enable_backprop)
+        check_flag("include_modules_to_save", include_modules_to_save)
+        if not isinstance(backend_kwargs, (Mapping, NoneType)):
+            raise OptionError(f"Expected backend_kwargs to be a dict, but got {backend_kwargs!r}.")
         model = undistributed(model)
         self.adapter = resolve_adapter(model, adapter)
         model = as_classifier(model)
@@ -162,6 +171,7 @@ class LoraPosterior(ParametricLaplace):
     mean: Tensor
     _prior_precision: Tensor
     _prior_mean: Tensor
+    _sigma_noise: Tensor
     # The adapters that were active in fit.
     _fitted_under: list[str] | None = None
 
@@ -226,13 +236,35 @@ class LoraPosterior(ParametricLaplace):
 
     @prior_mean.setter
     def prior_mean(self, value: float | Tensor) -> None:
-        try:
-            super(LoraPosterior, type(self)).prior_mean.fset(self, value)
-        except ValueError as error:
-            raise PriorError(
-                f"Expected a prior mean that is a number or a tensor of {self.n_params} values, "
-                f"but got {value!r}."
-            ) from error
+        prior.check_mean(value, self.n_params)
+        super(LoraPosterior, type(self)).prior_mean.fset(self, value)
+        if isinstance(value, Tensor) and value.ndim == 0:  # which the parent makes (1,)
+            self._prior_mean = self._prior_mean.squeeze()
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the noise of regression targets, a scalar."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        check_positive("sigma_noise", value)
+        if self.likelihood != "regression" and value != 1:
+            raise OptionError(
+                f"Expected sigma noise 1 for likelihood={str(self.likelihood)!r}, but got "
+                f"{value!r}. Only regression has noise; the likelihood's weight is temperature=..."
+            )
+        super(LoraPosterior, type(self)).sigma_noise.fset(self, value)
+
+    @property
+    def temperature(self) -> float:
+        """What the likelihood's curvature is divided by."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        check_positive("temperature", value)
+        self._temperature = value
 
     # What a structure adds ----------------------------------------------------------------------
 

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from laplace_llm.data import check_inputs, check_outputs
 from laplace_llm.eigen import eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES, over_present
 from laplace_llm.moments import Moments, glm_moments
+from laplace_llm.options import check_count, check_one_of
 from laplace_llm.posterior import LoraPosterior
+from laplace_llm.prior import check_grid
 from laplace_llm.seeds import default_generator
-from laplace_llm.taps import Batch, check_logits
+from laplace_llm.taps import Batch, check_finite, check_logits
 
 BRIDGES = ("bridge", "bridge_norm")  # the parent's links that mix an example's logits
+LINKS = (*CLOSED_FORMS, "mc", *BRIDGES)
+PREDICTIVES = ("glm", "nn")
 
 
 class LoraPredictive(LoraPosterior):
@@ -57,6 +62,8 @@ class LoraPredictive(LoraPosterior):
             If layerwise, and the tensors' variances do not add up in this structure.
         """
         self._check_H_init()
+        check_grid(values)
+        check_inputs(batch, self._device)
         if layerwise:
             self._check_independent()
         variance = self._tensor_variances if layerwise else self._variance_grid
@@ -68,6 +75,7 @@ class LoraPredictive(LoraPosterior):
                 self.n_outputs,
                 centred=centred and self._knows_contrasts,
             )
+        self._check_same_outputs(moments.mean)
         return Moments(moments.mean, moments.covariance.detach())
 
     def __call__(
@@ -104,10 +112,8 @@ class LoraPredictive(LoraPosterior):
             As in the parent.
         """
         self._check_H_init()
-        if n_samples < 1:
-            raise OptionError(f"Expected n_samples >= 1, but got {n_samples}.")
-        if generator is not None:
-            self._check_generator(generator)
+        self._check_prediction(pred_type, link_approx)
+        self._check_sampling(n_samples, generator)
         if generator is not None and link_approx == "mc":
             # The parent checks the generator and then draws without it.
             classes = self._predicts_classes(fitting)
@@ -154,10 +160,60 @@ class LoraPredictive(LoraPosterior):
         Unlike there, those of a reward model are rewards for both predictives, not the softmax of
         what is a single output.
         """
+        self._check_H_init()
+        check_one_of("pred_type", pred_type, PREDICTIVES)
+        self._check_sampling(n_samples, generator)
         sample = super().predictive_samples
         if self.likelihood == "reward_modeling":
             sample = self.functional_samples
         return sample(x, pred_type, n_samples, diagonal_output, generator)
+
+    def functional_samples(
+        self,
+        x: Batch,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return samples (S, B, C) of the outputs, as the parent does."""
+        self._check_H_init()
+        check_one_of("pred_type", pred_type, PREDICTIVES)
+        self._check_sampling(n_samples, generator)
+        return super().functional_samples(x, pred_type, n_samples, diagonal_output, generator)
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Return (S, P) draws from the posterior, as the parent does."""
+        self._check_H_init()
+        self._check_sampling(n_samples, generator)
+        return super().sample(n_samples, generator)
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Return the log density of weights (P,) under the posterior, as the parent does."""
+        self._check_H_init()
+        if not isinstance(value, Tensor) or value.shape != self.mean.shape:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise OptionError(f"Expected weights of shape ({self.n_params},), but got {came}.")
+        return super().log_prob(value, normalized)
+
+    def _check_prediction(self, pred_type: Any, link_approx: Any) -> None:
+        check_one_of("pred_type", pred_type, PREDICTIVES)
+        check_one_of("link_approx", link_approx, LINKS)
+        if pred_type == "nn" and link_approx != "mc":
+            raise OptionError(
+                f"Expected link_approx='mc' for pred_type='nn' (the mc link alone takes sampled "
+                f"weights), but got {link_approx!r}."
+            )
+
+    def _check_sampling(self, n_samples: Any, generator: Any) -> None:
+        check_count("n_samples", n_samples)
+        if generator is not None:
+            self._check_generator(generator)
+
+    def _check_same_outputs(self, mean: Tensor) -> None:
+        """Raise DataError if outputs have a posterior each, and there are others than in `fit`."""
+        if not self._knows_contrasts:
+            check_outputs(mean.shape[-1], self.n_outputs)
 
     def _check_generator(self, generator: Any) -> None:
         if not isinstance(generator, torch.Generator) or generator.device != self._device:
@@ -181,6 +237,7 @@ class LoraPredictive(LoraPosterior):
         if isinstance(X, Moments):  # already computed; cloned, as the bridge links write into them
             return X.mean.clone(), X.covariance.clone()
         self._check_H_init()
+        check_inputs(X, self._device)
         X = X.to(self._device) if isinstance(X, Tensor) else X
         with self._borrowed():
             if joint:
@@ -196,6 +253,8 @@ class LoraPredictive(LoraPosterior):
                     self.enable_backprop,
                     centred and self._knows_contrasts,
                 )
+            if not joint:
+                self._check_same_outputs(mean)
         if diagonal_output and not joint:
             covariance = covariance.diagonal(dim1=-2, dim2=-1)
         return (mean, covariance) if self.enable_backprop else (mean.detach(), covariance.detach())
@@ -243,6 +302,7 @@ class LoraPredictive(LoraPosterior):
         self._check_H_init()
         if isinstance(X, Moments):
             raise OptionError("Expected a batch for pred_type='nn', but got Moments.")
+        check_inputs(X, self._device)
         X = X.to(self._device) if isinstance(X, Tensor) else X
         sizes = [tensor.numel for tensor in self.tensors]
         for _ in range(n_samples):
@@ -254,6 +314,7 @@ class LoraPredictive(LoraPosterior):
             with self._borrowed(), torch.set_grad_enabled(self.enable_backprop):
                 outputs = functional_call(self.model, weights, (X,), model_kwargs)
             check_logits(outputs)
+            check_finite(outputs)
             yield outputs.to(self._device, self._dtype)
 
     def _nn_functional_samples(

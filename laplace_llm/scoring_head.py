@@ -10,9 +10,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from laplace_llm import packing
-from laplace_llm.causal_heads import CausalHead, check_same_shape, entry, ids_and_mask
+from laplace_llm.causal_heads import CausalHead, entry, ids_and_mask
 from laplace_llm.errors import DataError, OptionError, UnsupportedLayerError
-from laplace_llm.heads import at_least_float32, attendable, only_present, present_choices
+from laplace_llm.heads import (
+    at_least_float32,
+    attendable,
+    check_same_shape,
+    only_present,
+    present_choices,
+)
 
 
 class ChoiceScoringHead(CausalHead):
@@ -141,7 +147,7 @@ class ChoiceScoringHead(CausalHead):
         return only_present(scores.view(n_rows, n_choices), present)
 
     def _separate(self, batch: MutableMapping[str, Any]) -> _Targets:
-        ids, mask = ids_and_mask(batch, 3, self._device)
+        ids, mask = ids_and_mask(batch, 3, self._embeddings)
         chosen = entry(batch, "choice_mask", 3, self._device).bool()
         check_same_shape("choice_mask", chosen, ids)
         n_rows, n_choices, length = ids.shape
@@ -167,7 +173,7 @@ class ChoiceScoringHead(CausalHead):
         self, batch: MutableMapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ids, mask, choice ids and position ids, each (B, S)."""
-        ids, mask = ids_and_mask(batch, 2, self._device)
+        ids, mask = ids_and_mask(batch, 2, self._embeddings)
         choices = entry(batch, "choice_ids", 2, self._device)
         positions = entry(batch, "position_ids", 2, self._device)
         check_same_shape("choice_ids", choices, ids)

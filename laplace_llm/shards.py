@@ -20,7 +20,7 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor
 from torch import distributed as dist
 
-from laplace_llm.errors import OptionError, ShardError
+from laplace_llm.errors import DataError, OptionError, ShardError
 from laplace_llm.splits import dealt, is_split, own_examples
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Shard:
     rank, size = 0, 1
 
     def __init__(self, loader: Iterable[Any], group: dist.ProcessGroup | None = None) -> None:
+        check_iterable(loader)
         self.loader, self.group = loader, group
         self._own: int | None = None
         self._seen = 0
@@ -227,7 +228,17 @@ class _Whole(Shard):
     """All of the data on this process, whether there are others or not: nothing is exchanged."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
+        check_iterable(loader)
         self.loader, self._own = loader, None
+
+
+def check_iterable(loader: Any) -> None:
+    """Raise DataError unless the loader can be iterated over."""
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise DataError(
+            f"Expected a loader that yields batches, but got a {type(loader).__name__}. Pass a "
+            "DataLoader, or a list of batches."
+        )
 
 
 def as_shard(loader: Iterable[Any]) -> Shard:
@@ -239,7 +250,7 @@ def as_shard(loader: Iterable[Any]) -> Shard:
 
     Raises
     ------
-    OptionError
+    OptionError, DataError
         As `Shard`.
     """
     if isinstance(loader, Shard):

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from laplace_llm.data import check_inputs
 from laplace_llm.errors import OptionError
 from laplace_llm.moments import Moments, glm_moments
 from laplace_llm.prediction import LoraPredictive, keeping_prior
+from laplace_llm.prior import check_grid
 from laplace_llm.taps import Batch
 
 
@@ -35,8 +37,18 @@ def shared_moments_grid(
     Raises
     ------
     OptionError
-        If a posterior is over another model, or over tensors that the first one does not have.
+        If there is no posterior, or one is over another model, or over tensors that the first one
+        does not have.
+    PriorError
+        If `values` are not positive.
     """
+    if not isinstance(posteriors, Sequence) or not posteriors:
+        raise OptionError(f"Expected a sequence of posteriors, but got {posteriors!r}.")
+    for la in posteriors:
+        if not isinstance(la, LoraPredictive):
+            raise OptionError(f"Expected posteriors over LoRA weights, but got {la!r}.")
+    check_grid(values)
+    check_inputs(batch, posteriors[0]._device)
     first = posteriors[0]
     position = {tensor.weight: index for index, tensor in enumerate(first.tensors)}
     columns = []

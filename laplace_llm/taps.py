@@ -207,17 +207,29 @@ def forward(
     seen = prepared[-1] if prepared else batch
     attention_mask = seen.get("attention_mask") if isinstance(seen, MutableMapping) else None
     run = Taps(tensors, logits, taps, roots, attention_mask)
-    finite = logits.isfinite()
-    absent = logits == -torch.inf
-    if not bool(((finite | absent) & finite.any(1, keepdim=True)).all()):
+    if not _all_finite(logits):
         name = _first_not_finite(model, run, batch)
-        where = f"first seen at LoRA tensor {name!r}" if name else "after the last LoRA layer"
+        check_finite(logits, f"LoRA tensor {name!r}" if name else None)
+    return run
+
+
+def check_finite(logits: Tensor, seen_at: str | None = "the outputs") -> None:
+    """Raise OutputError unless logits (B, C) are finite, or -inf for absent choices.
+
+    `seen_at` says where what is not finite was first seen; None after the last LoRA layer.
+    """
+    if not _all_finite(logits):
+        where = f"first seen at {seen_at}" if seen_at else "after the last LoRA layer"
         raise OutputError(
             f"Expected finite logits (or -inf for some of a row's choices, which the row then does "
             f"not have), but the model returned NaN or inf, {where}. "
             "Check the batch and the model's precision (float16 overflows; bfloat16 does not)."
         )
-    return run
+
+
+def _all_finite(logits: Tensor) -> bool:
+    finite, absent = logits.isfinite(), logits == -torch.inf
+    return bool(((finite | absent) & finite.any(1, keepdim=True)).all())
 
 
 def check_logits(logits: Any) -> None:

@@ -15,6 +15,7 @@ from laplace_llm.curvature import BatchSummary
 from laplace_llm.eigen import decomposing, eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.lowrank import LowRankPrecision
+from laplace_llm.options import check_count, check_flag
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.session import undisturbed_calls
@@ -101,6 +102,8 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
             not isinstance(n_subset, int) or isinstance(n_subset, bool) or n_subset < 1
         ):
             raise OptionError(f"Expected n_subset=None or an integer >= 1, but got {n_subset!r}.")
+        check_flag("independent_outputs", independent_outputs)
+        check_count("seed", seed, 0)
         self.n_subset, self.independent_outputs, self.seed = n_subset, independent_outputs, seed
         super().__init__(
             model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,

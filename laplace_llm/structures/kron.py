@@ -14,6 +14,7 @@ from laplace_llm.curvature import BatchSummary
 from laplace_llm.factors import LoraKron
 from laplace_llm.kronecker import LoraKronDecomposed
 from laplace_llm.laplace import LoraLaplace
+from laplace_llm.options import check_flag
 from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
@@ -58,6 +59,7 @@ class KronLoraLaplace(LoraLaplace, KronLaplace):
         tensors: Sides = "AB",
         include_modules_to_save: bool = False,
     ) -> None:
+        check_flag("damping", damping)
         LoraLaplace.__init__(
             self, model, likelihood, sigma_noise, prior_precision, prior_mean, temperature,
             enable_backprop, dict_key_x, dict_key_y, backend, backend_kwargs, asdl_fisher_kwargs,

@@ -146,6 +146,8 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Return (n_samples, P) draws from the posterior."""
+        self._check_H_init()
+        self._check_sampling(n_samples, generator)
         return self.mean + self._precision(self.prior_precision).sample(n_samples, generator)
 
     def _variance(self, jacobians: Sequence[Tensor]) -> Tensor:

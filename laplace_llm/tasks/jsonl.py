@@ -23,6 +23,8 @@ def read_jsonl(path: str | Path) -> list[Row]:
     DataError
         If there is no such file, or a line is not a row; says which line.
     """
+    if not isinstance(path, (str, Path)):
+        raise DataError(f"Expected the path of a file of rows, but got a {type(path).__name__}.")
     path = Path(path)
     if not path.is_file():
         raise DataError(f"Expected a file of rows {EXAMPLE}, but there is no {str(path)!r}.")

@@ -11,9 +11,10 @@ prompts off after 300 tokens, and it reads BoolQ's answer after a closing EOS to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import Formatter
 
 from laplace_llm.collate import LETTERS, Row
-from laplace_llm.errors import DataError
+from laplace_llm.errors import DataError, OptionError
 
 SELECT = "Select one of the choices that answers the following question: {question} Choices: "
 
@@ -31,6 +32,19 @@ class Template:
 
     text: str
 
+    def __post_init__(self) -> None:
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(self.text)]
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"Expected a prompt with fields like {{question}}, but got {self.text!r} ({error})."
+            ) from error
+        if any(field is not None and not field[:1].isidentifier() for field in fields):
+            raise OptionError(
+                f"Expected every field of a prompt to have a name, but got {self.text!r}. Double "
+                "the braces of the text itself."
+            )
+
     def __call__(self, row: Row) -> str:
         """Return the text with the row's values in it.
 
@@ -41,7 +55,7 @@ class Template:
         """
         try:
             return self.text.format_map(row)
-        except LookupError as error:
+        except (LookupError, AttributeError, ValueError) as error:
             raise DataError(
                 f"Expected rows with all fields of the prompt {self.text!r}, but got one with "
                 f"{sorted(row)} and {len(row.get('choices', ()))} choices ({error!r}). Complete "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,13 @@ class Task:
     choices: tuple[str, ...] = tuple(LETTERS[:4])
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise OptionError(f"Expected the name of a task to be a text, but got {self.name!r}.")
+        if not callable(self.prompt):
+            raise OptionError(
+                f"Expected prompt to be a function from a row to a text, but got {self.prompt!r}. "
+                "Use a Template."
+            )
         if isinstance(self.choices, str) or len(self.choices) < 2:
             raise OptionError(
                 f"Expected choices to be at least two letters or words, but got {self.choices!r}. "
@@ -69,6 +76,16 @@ class Task:
         """Whether the choices are letters, and not label words."""
         return self.choices == tuple(LETTERS[: len(self.choices)])
 
+    def _from_source(self, split: str) -> list[Row]:
+        assert callable(self.source)
+        rows = self.source(split)
+        if not isinstance(rows, Iterable):
+            raise DataError(
+                f"Expected the source of task {self.name!r} to return rows, but for {split!r} it "
+                f"returned {rows!r}."
+            )
+        return list(rows)
+
     def rows(self, split: str = "train") -> list[Row]:
         """Return the rows ``{"question", "choices", "answer"}`` of a split.
 
@@ -83,10 +100,15 @@ class Task:
             If the source does not have them, or a row's choices are not the task's.
         """
         if callable(self.source):
-            rows = list(self.source(split))
+            rows = self._from_source(split)
         else:
             rows = read_jsonl(str(self.source).replace(SPLIT, split))
         for index, row in enumerate(rows):
+            if not isinstance(row, Mapping) or not row.get("choices") or "question" not in row:
+                raise DataError(
+                    f"Expected rows of task {self.name!r} with 'question' and 'choices', but row "
+                    f"{index} of {split!r} is {row!r:.300}."
+                )
             found = tuple(row["choices"])
             if len(found) > len(self.choices) or not (self.lettered or found == self.choices):
                 expected = f"at most {len(self.choices)}" if self.lettered else self.choices
@@ -101,7 +123,15 @@ _TASKS: dict[str, Task] = {}
 
 
 def register_task(task: Task) -> Task:
-    """Add a task; one of the same name is replaced."""
+    """Add a task; one of the same name is replaced.
+
+    Raises
+    ------
+    OptionError
+        If it is no `Task`.
+    """
+    if not isinstance(task, Task):
+        raise OptionError(f"Expected a Task, but got {task!r}.")
     _TASKS[task.name] = task
     return task
 
@@ -133,6 +163,8 @@ def load_task(name: str, data: str | Path | None = None) -> Task:
         )
     if data is None:
         return _TASKS[name]
+    if not isinstance(data, (str, Path)):
+        raise OptionError(f"Expected data to be a folder or a path, but got {data!r}.")
     if Path(data).is_dir():
         data = Path(data) / f"{name}.{SPLIT}.jsonl"
     elif SPLIT not in str(data):

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from laplace_llm._compat import computed_here, validate
 from laplace_llm.data import check_any, check_labels, check_outputs, labelled, numbered
-from laplace_llm.errors import DataError, OptionError, PriorError
+from laplace_llm.errors import OptionError, OutputError, PriorError
 from laplace_llm.links import OF_DIFFERENCES
 from laplace_llm.moments import Moments
 from laplace_llm.shards import Shard, as_shard
-from laplace_llm.taps import Batch, check_logits
+from laplace_llm.taps import Batch, check_finite, check_logits
 
 if TYPE_CHECKING:
     from laplace_llm.prediction import LoraPredictive
@@ -63,8 +63,6 @@ def gridsearch(
     """
     if not callable(loss):
         raise OptionError(f"Expected loss to be a metric or a function, but got {loss!r}.")
-    if not len(interval):
-        raise OptionError("Expected grid_size >= 1, but the grid is empty.")
     shard = as_shard(val_loader)
     if pred_type == "glm":
         centred = link_approx in OF_DIFFERENCES and la._predicts_classes(fitting=True)
@@ -111,15 +109,18 @@ def _best(
                 loss.reset()
             # The same random numbers for every value, so that their order is not left to chance.
             with la._borrowed(), torch.random.fork_rng(devices), computed_here(loss):
-                result = validate(
-                    la,
-                    data(index),
-                    loss,
-                    pred_type=pred_type,
-                    link_approx=link_approx,
-                    n_samples=n_samples,
-                    dict_key_y=la.dict_key_y,
-                )
+                try:
+                    result = validate(
+                        la,
+                        data(index),
+                        loss if hasattr(loss, "reset") else _returning_tensor(loss),
+                        pred_type=pred_type,
+                        link_approx=link_approx,
+                        n_samples=n_samples,
+                        dict_key_y=la.dict_key_y,
+                    )
+                except OutputError:  # under so weak a prior the sampled weights overflow
+                    result = math.inf
             results.append(result if math.isfinite(result) else math.inf)
     finally:
         la.prior_precision = before
@@ -131,6 +132,24 @@ def _best(
             "labels, or use link_approx='mc'."
         )
     return interval[best]
+
+
+def _returning_tensor(loss: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Let a loss return a number, as the parent's signature has it, and its code has not."""
+
+    def scalar(*args: Tensor) -> Tensor:
+        value = loss(*args)
+        try:
+            result = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(f"Expected loss to return a number, but got {value!r}.") from error
+        if result.numel() != 1:
+            raise OptionError(
+                f"Expected loss to return one number, but got shape {tuple(result.shape)}."
+            )
+        return result
+
+    return scalar
 
 
 def _moments(
@@ -154,11 +173,13 @@ def _check_labels(la: LoraPredictive, loader: Any) -> None:
     """Check the labels of a loader that is to be passed over again for every value."""
     n_outputs = None
     for index, (x, y) in enumerate(_labelled(la, loader, False)):
-        if y.ndim == 0:
-            raise numbered(DataError(f"Expected a batch of labels, but got {y}."), index)
         with la._borrowed(), torch.no_grad():
             outputs = la.model(x)
         check_logits(outputs)
+        try:
+            check_finite(outputs)
+        except OutputError as error:
+            raise numbered(error, index) from error
         n_outputs = check_outputs(outputs.shape[1], n_outputs, index)
         check_labels(y, outputs, la.likelihood == "regression", index)
 

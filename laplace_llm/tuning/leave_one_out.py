@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_llm.errors import OptionError, PriorError
+from laplace_llm.errors import PriorError
 from laplace_llm.function_space import FunctionSpace, Mode
 from laplace_llm.moments import Moments
 
@@ -52,13 +52,9 @@ def leave_one_out(
 
     Raises
     ------
-    OptionError
-        If the grid is empty.
     PriorError
         If no value has a finite loss.
     """
-    if not len(interval):
-        raise OptionError("Expected grid_size >= 1, but the grid is empty.")
     interval = thinned(interval)
     moments = held_out(space, interval)
     losses = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 from laplace_llm._compat import default_loss, parent_marglik
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.kernel import joint_space
-from laplace_llm.prediction import LoraPredictive
+from laplace_llm.options import check_count, check_one_of, check_positive
+from laplace_llm.prediction import LINKS, PREDICTIVES, LoraPredictive
+from laplace_llm.prior import check_precision
 from laplace_llm.shards import shared_by
 from laplace_llm.taps import Batch
 from laplace_llm.tuning.evidence import linear_mode_evidence, warn_if_unsure
@@ -98,7 +102,18 @@ class LoraTuned(LoraPredictive):
         """
         self._check_H_init()
         method = method or ("loo" if val_loader is None else "gridsearch")
-        bounds = (log_prior_prec_base**log_prior_prec_min, log_prior_prec_base**log_prior_prec_max)
+        bounds = _bounds(log_prior_prec_base, log_prior_prec_min, log_prior_prec_max)
+        check_count("grid_size", grid_size)
+        check_one_of("pred_type", pred_type, PREDICTIVES)
+        check_one_of("link_approx", link_approx, LINKS)
+        check_count("n_samples", n_samples)
+        check_count("n_steps", n_steps, least=0 if method == "val_grad" else 1)
+        check_positive("lr", lr)
+        if method == "val_grad" and not bounds[0] < bounds[1]:
+            raise OptionError(
+                f"Expected log_prior_prec_min < log_prior_prec_max for method='val_grad', but got "
+                f"{log_prior_prec_min!r} and {log_prior_prec_max!r}."
+            )
         interval = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
@@ -107,10 +122,11 @@ class LoraTuned(LoraPredictive):
                 f"Expected a validation set in val_loader for method={method!r}, but got None. "
                 "Use method='loo' without one."
             )
-        if method in ("gridsearch", "loo") and prior_structure != "scalar":
+        scalar = method in ("gridsearch", "loo") or evidence == "linear_mode"
+        if scalar and prior_structure != "scalar":
             raise OptionError(
-                f"Expected prior_structure='scalar' for method={method!r}, but got "
-                f"{prior_structure!r}. Use method='val_grad' or 'marglik'."
+                f"Expected prior_structure='scalar' for method={method!r} and evidence="
+                f"{evidence!r}, but got {prior_structure!r}. Use method='val_grad' or 'marglik'."
             )
         if method in ("loo", "val_grad") and pred_type != "glm":
             raise OptionError(
@@ -125,6 +141,7 @@ class LoraTuned(LoraPredictive):
         before = self.prior_precision
         try:
             if method == "gridsearch":
+                self._check_prediction(pred_type, link_approx)
                 self.prior_precision = gridsearch(
                     self, default_loss(self) if loss is None else loss, interval, val_loader,
                     pred_type, link_approx, n_samples, progress_bar,
@@ -148,6 +165,7 @@ class LoraTuned(LoraPredictive):
                     lambda: linear_mode_evidence(space, interval)
                 )
             elif method == "marglik" and evidence == "trained":
+                check_precision(init_prior_prec, self._prior_lengths)
                 parent_marglik(
                     self, pred_type, n_steps, lr, init_prior_prec, prior_structure, val_loader,
                     progress_bar,
@@ -178,6 +196,29 @@ class LoraTuned(LoraPredictive):
         sample = getattr(self, "_train_sample", [])
         if sample and not self._warned and self.likelihood == "classification":
             self._warned = warn_if_unsure(self, sample)
+
+
+def _bounds(base: float, low: float, high: float) -> tuple[float, float]:
+    """Return the smallest and the largest prior precision of a grid."""
+    names = ("log_prior_prec_base", "log_prior_prec_min", "log_prior_prec_max")
+    for name, value in zip(names, (base, low, high), strict=True):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise OptionError(f"Expected {name} to be a finite number, but got {value!r}.")
+    if base <= 1:
+        raise OptionError(f"Expected log_prior_prec_base > 1, but got {base!r}.")
+    if low > high:
+        raise OptionError(
+            f"Expected log_prior_prec_min <= log_prior_prec_max, but got {low!r} and {high!r}."
+        )
+    # In float32, as the grid is.
+    limits = torch.finfo(torch.float32)
+    edges = low * math.log(base), high * math.log(base)
+    if edges[0] < math.log(limits.tiny) or edges[1] > math.log(limits.max):
+        raise OptionError(
+            f"Expected prior precisions between {limits.tiny:.0e} and {limits.max:.0e}, but "
+            f"log_prior_prec_min={low!r} and log_prior_prec_max={high!r} are beyond."
+        )
+    return base**low, base**high
 
 
 def _is_layerwise(prior_structure: str) -> bool:

@@ -132,8 +132,15 @@ def val_grad(
 
     def objective(covariance: Tensor) -> Tensor:
         if regression:
-            return (loss or partial(_gaussian_nll, la))(moments.mean, covariance, labels)  # type: ignore[call-arg]
-        return (loss or _nll)(link(moments.mean, covariance), labels)
+            value = (loss or partial(_gaussian_nll, la))(moments.mean, covariance, labels)  # type: ignore[call-arg]
+        else:
+            value = (loss or _nll)(link(moments.mean, covariance), labels)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise OptionError(
+                f"Expected loss to return a scalar tensor for method='val_grad', but got {came}."
+            )
+        return value.squeeze()
 
     return shard.agreed(lambda: descend(grid, moments.covariance, objective, n_steps, lr))
 
