@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from laplace_llm._compat import ParametricLaplace
 from laplace_llm.curvature import StreamingInterface
@@ -74,9 +73,7 @@ class LoraKept(LoraTuned, SavedPosterior):
                 given = state_dict[key]
                 setattr(self, key, torch.as_tensor(given, dtype=self._dtype, device=self._device))
             for key in ("prior_mean", "prior_precision", "sigma_noise"):
-                given = state_dict[key]
-                scalar = isinstance(given, Tensor) and given.ndim == 0
-                setattr(self, key, given.item() if scalar else given)
+                setattr(self, key, state_dict[key])
             self._set_curvature(curvature, merge=False)
             self._train_loaders, self._train_sample, self._fitted_under = None, [], None
 
