@@ -249,7 +249,7 @@ class LoraPosterior(ParametricLaplace):
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
         check_positive("sigma_noise", value)
-        if self.likelihood != "regression" and value != 1:
+        if self.likelihood != "regression" and not bool(value == 1):
             raise OptionError(
                 f"Expected sigma noise 1 for likelihood={str(self.likelihood)!r}, but got "
                 f"{value!r}. Only regression has noise; the likelihood's weight is temperature=..."

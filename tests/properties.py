@@ -191,12 +191,11 @@ def widened(batch: Any, columns: int, side: str) -> Any:
     return out
 
 
-def dense_precision(la: Any) -> Tensor:
-    """Return the posterior's (P, P) precision, from its covariance of the weights themselves."""
+def dense_covariance(la: Any) -> Tensor:
+    """Return the posterior's (P, P) covariance: what it says of the weights themselves."""
     sizes = [tensor.numel for tensor in la.tensors]
     identity = torch.eye(la.n_params, dtype=la._dtype)
-    covariance = la._variance([part[None] for part in identity.split(sizes, 1)])[0]
-    return torch.linalg.inv(covariance)
+    return la._variance([part[None] for part in identity.split(sizes, 1)])[0]
 
 
 def same(actual: Any, expected: Any, rtol: float = 1e-7, atol: float = 1e-9) -> None:

@@ -294,7 +294,8 @@ def tiny_problem(planned=frozenset(), folder=None, head=None):
 def test_rules_are_those_of_the_public_call(rule):
     name = f"Laplace-LoRA kron, {rule}"
     planned = frozenset({name, "Laplace-LoRA diag, gridsearch", "Laplace-LoRA kron, loo, probit"})
-    problem = tiny_problem(planned)
+    # In double precision: in single, two ways through the same numbers descend 0.3 % apart.
+    problem = tiny_problem(planned, head=letter_head(tiny_llama()))
     ours = registered()[name]()
     ours.fit(problem)
     la = laplace_llm.Laplace(problem.head)

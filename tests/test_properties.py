@@ -23,7 +23,7 @@ from properties import (
     KINDS,
     Problem,
     cut,
-    dense_precision,
+    dense_covariance,
     examples,
     problems,
     same,
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from laplace_llm import ChoiceScoringCollator, MultipleChoiceCollator, StreamingEF
 from laplace_llm.links import CLOSED_FORMS, OF_DIFFERENCES
+from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import DenseMoment, SketchedMoment, spectra
 
 settings.register_profile("unhurried", suppress_health_check=[HealthCheck.too_slow])
@@ -65,6 +66,15 @@ def beliefs(la, problem: Problem) -> tuple:
     return (*moments, la.log_marginal_likelihood().detach())
 
 
+def tolerance(problem: Problem) -> dict[str, float]:
+    """Return the tolerance for a fit that summed the same numbers in another order.
+
+    Eigenvectors of eigenvalues that differ by 1e-12 of the largest move by 1e-3 with rounding, and
+    the moments along them, which are what ekfac keeps, with them.
+    """
+    return {"rtol": 1e-4, "atol": 1e-6} if problem.structure == "ekfac" else {}
+
+
 @examples(30)
 @given(st.data(), problems())
 def test_a_fit_depends_on_no_split_order_or_padding(data, problem):
@@ -72,7 +82,7 @@ def test_a_fit_depends_on_no_split_order_or_padding(data, problem):
     la = problem.posterior([batch])
     other = problem.posterior(arranged(data, problem, batch))
     assert other.n_data == la.n_data == problem.n
-    same(beliefs(other, problem), beliefs(la, problem))
+    same(beliefs(other, problem), beliefs(la, problem), **tolerance(problem))
 
 
 @examples(12)
@@ -80,7 +90,7 @@ def test_a_fit_depends_on_no_split_order_or_padding(data, problem):
 def test_a_fit_depends_on_no_side_of_padding(data, problem):
     side = {"left": "right", "right": "left"}[problem.side]
     la, other = problem.posterior([problem.batch()]), problem.posterior([problem.batch(side=side)])
-    same(beliefs(other, problem), beliefs(la, problem))
+    same(beliefs(other, problem), beliefs(la, problem), **tolerance(problem))
 
 
 @examples(12)
@@ -90,7 +100,7 @@ def test_fits_add_up(data, problem):
     parts = arranged(data, problem, batch)
     la, other = problem.posterior([batch]), problem.posterior(*[[part] for part in parts])
     assert other.n_data == problem.n
-    same(beliefs(other, problem), beliefs(la, problem))
+    same(beliefs(other, problem), beliefs(la, problem), **tolerance(problem))
 
 
 # The posterior ------------------------------------------------------------------------------------
@@ -106,17 +116,29 @@ def output_hessians(problem: Problem, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @examples(16)
-@given(problems(EXACT), st.floats(0.1, 100))
-def test_the_precision_is_that_of_brute_force(problem, delta):
+@given(problems(EXACT), st.floats(1e-3, 100))
+def test_the_posterior_is_that_of_brute_force(problem, strength):
     batch = problem.batch()
-    la = problem.posterior([batch], prior_precision=delta)
+    la = problem.posterior([batch])
     x = inputs_of(batch)
     jacobians, logits = bruteforce_jacobians(la.model, x, la.tensors), la.model(x).detach()
     hessians = output_hessians(problem, logits, labels_of(batch))
     curvature = torch.einsum("ncp,ncd,ndq->pq", jacobians, hessians, jacobians)
     if problem.structure == "diag":
         curvature = curvature.diagonal().diag()
-    same(dense_precision(la), curvature + delta * torch.eye(len(curvature)))
+    largest = float(torch.linalg.eigvalsh(curvature)[-1])
+    same(dense_curvature(la), curvature, rtol=0, atol=1e-12 * largest)
+    # Inverses are as exact as the condition number allows, which is 1 + 1 / strength.
+    delta = strength * max(largest, 1e-6)
+    la.prior_precision = delta
+    expected = torch.linalg.inv(curvature + delta * torch.eye(len(curvature)).to(curvature))
+    same(dense_covariance(la), expected, rtol=0, atol=1e-10 / delta)
+
+
+def dense_curvature(la) -> Tensor:
+    if isinstance(la.H, LowRankGGN):
+        return kept(la.H)
+    return la.H if la.H.ndim == 2 else la.H.diag()
 
 
 @examples(16)
@@ -178,7 +200,7 @@ def test_the_evidence_is_that_of_the_dense_formula(problem, delta):
     la = problem.posterior([batch], prior_precision=delta)
     with torch.no_grad():
         fit = F.cross_entropy(la.model(inputs_of(batch)), labels_of(batch), reduction="sum")
-    ratio = torch.linalg.slogdet(dense_precision(la))[1] - la.n_params * math.log(delta)
+    ratio = -torch.linalg.slogdet(dense_covariance(la))[1] - la.n_params * math.log(delta)
     expected = -fit - 0.5 * (ratio + delta * la.mean.square().sum())
     same(la.log_marginal_likelihood().detach(), expected, rtol=1e-8)
 
@@ -203,7 +225,7 @@ def test_moments_are_those_of_the_dense_formula(problem, delta):
     la = problem.posterior([problem.batch()], prior_precision=delta)
     x = inputs_of(problem.batch(3, seed=9))
     jacobians, logits = bruteforce_jacobians(la.model, x, la.tensors), la.model(x).detach()
-    covariance = torch.linalg.inv(dense_precision(la))
+    covariance = dense_covariance(la)
     if problem.structure in ("kron", "ekfac"):
         covariance = torch.linalg.inv(la.posterior_precision.to_matrix())
     mean, f_var = la._glm_predictive_distribution(x)
