@@ -61,7 +61,7 @@ def warn_if_unsure(la: LoraPredictive, batches: list[Any]) -> bool:
         f"which the mean confidence on training examples falls from {before:.2f} to {after:.2f}: "
         "probably far too small. Use method='loo', or method='gridsearch' with a val_loader.",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return True
 
