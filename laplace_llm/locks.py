@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 from threading import RLock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,7 +34,7 @@ class Locks:
         self._guard = RLock()
         self._numbers = count()
         self._of_weight = WeakIdKeyDictionary()
-        self._of_model = WeakIdKeyDictionary()
+        self._of_model: WeakKeyDictionary[nn.Module, tuple[Numbered, ...]] = WeakKeyDictionary()
 
     def of(self, model: nn.Module) -> tuple[Numbered, ...]:
         """Return the locks of a model, in the order to take them."""
@@ -44,7 +45,8 @@ class Locks:
 
     def _found(self, model: nn.Module) -> tuple[Numbered, ...]:
         """Return the locks of a model's weights, and give one to those without."""
-        weights = list(model.parameters())
+        # As they are registered, whatever a wrapper such as FSDP makes of them.
+        weights = [weight for _, weight in nn.Module.named_parameters(model)]
         known = {self._of_weight[weight] for weight in weights if weight in self._of_weight}
         found = sorted(known, key=lambda lock: lock.number) or [
             Numbered(next(self._numbers), RLock())

@@ -79,6 +79,7 @@ def gridsearch(
             f"Expected pred_type='glm' for validation data that {shard.size} processes share, but "
             f"got {pred_type!r}. Give each process the whole validation data."
         )
+    la._check_prediction(pred_type, link_approx)
     _check_labels(la, val_loader)
 
     def again(_: int) -> Iterator[Any]:
