@@ -96,6 +96,16 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list({name: None for layer in layers for name in layer.active_adapters})
 
 
+def check_active(model: nn.Module, expected: list[str]) -> None:
+    """Raise AdapterError unless the adapters that were active in `fit` are the active ones."""
+    active = active_adapters(model)
+    if active != expected:
+        raise AdapterError(
+            f"Expected the adapters {expected} to be active, as in fit(), but {active} are. Call "
+            "set_adapter(...), or fit again."
+        )
+
+
 def find_lora_tensors(
     model: nn.Module,
     adapter: str | None = None,

@@ -26,6 +26,7 @@ from transformers.training_args import TrainingArguments
 from laplace_llm._compat import parent_marglik
 from laplace_llm.errors import DataError, OptionError
 from laplace_llm.heads import unwrap
+from laplace_llm.prediction import keeping_prior
 from laplace_llm.shards import Shard
 from laplace_llm.structures import Laplace
 from laplace_llm.tuning import LoraTuned
@@ -270,8 +271,7 @@ def in_order(loader: DataLoader, args: TrainingArguments) -> DataLoader:
 
 def _evidence(la: Any) -> dict[str, float]:
     """Return what is logged; the prior precision of the posterior stays what it is."""
-    before = la.prior_precision
-    try:
+    with keeping_prior(la):
         # Not `optimize_prior_precision`: its warning is about predictions under this value.
         parent_marglik(la, "glm", 100, 0.1, 1.0, "scalar", None, False)
         return {
@@ -279,8 +279,6 @@ def _evidence(la: Any) -> dict[str, float]:
             "laplace_log_likelihood": float(la.log_likelihood),
             "laplace_prior_precision": float(la.prior_precision),
         }
-    finally:
-        la.prior_precision = before
 
 
 @contextmanager

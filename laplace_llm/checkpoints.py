@@ -7,7 +7,6 @@ that its checkpoint already holds. It recognises them, so a loader that shuffles
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from laplace_llm import files
-from laplace_llm.errors import DataError, OptionError, StateError, StorageError
+from laplace_llm.errors import DataError, StateError, StorageError
+from laplace_llm.options import check_optional_count
 from laplace_llm.shards import Shard
 from laplace_llm.taps import Batch
 
@@ -100,14 +100,13 @@ class Checkpoints:
         shard: Shard,
         generators: list[torch.Generator],
     ) -> None:
+        check_optional_count("checkpoint_every", every)
         self.every = DEFAULT_EVERY if every is None else every
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise OptionError(f"Expected checkpoint_every to be an integer >= 1, got {every!r}.")
         self.stem = Path(folder) / f"rank-{shard.rank}-of-{shard.size}"
         self.generators = generators
         self.failure: StorageError | None = None
         self._passes = 0
-        self._check(json.loads(json.dumps(fit)))
+        self._check(files.plain_json(fit))
 
     def _check(self, fit: dict[str, Any]) -> None:
         path = self.stem.with_name(f"{self.stem.name}.json")

@@ -18,9 +18,10 @@ from laplace_llm.data import check_labels
 from laplace_llm.eigenbasis import EigenbasisMoments
 from laplace_llm.errors import AdapterError, OptionError, OutputError
 from laplace_llm.factors import LoraKron
+from laplace_llm.options import check_optional_count
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
-from laplace_llm.sketch import DEFAULT_RANK, check_rank
+from laplace_llm.sketch import DEFAULT_RANK
 from laplace_llm.taps import Batch, Taps, gathered
 from laplace_llm.tensors import LoraTensor
 
@@ -103,7 +104,7 @@ class StreamingInterface(CurvatureInterface):
             raise OptionError(
                 f"Expected kfac_approx 'reduce' or 'expand', but got {kfac_approx!r}."
             )
-        check_rank(rank)
+        check_optional_count("rank", rank)
         super().__init__(model, likelihood, False, subnetwork_indices, dict_key_x, dict_key_y)
         self.kfac_approx = kfac_approx
         self.rank = rank

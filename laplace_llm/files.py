@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from laplace_llm.errors import StateError, StorageError
+from laplace_llm.errors import OptionError, StateError, StorageError
 
 
 def flatten(state: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,6 +161,23 @@ def read_json(text: str, path: Path) -> Any:
         raise StateError(
             f"Expected JSON in {path}, but it breaks off or is something else ({error}). Take the "
             "file from where it was saved once more."
+        ) from error
+
+
+def plain_json(content: Any) -> Any:
+    """Return what comes back of a content that is written as JSON.
+
+    Raises
+    ------
+    OptionError
+        If JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(content))
+    except TypeError as error:
+        raise OptionError(
+            f"Expected options that JSON can hold (numbers, strings, lists), but: {error}. Leave "
+            "such an option out of backend_kwargs, or save state_dict() with torch.save."
         ) from error
 
 

@@ -35,10 +35,6 @@ class LoraKept(LoraTuned, SavedPosterior):
             "adapter": self.adapter,
         }
 
-    @property
-    def _likelihood_name(self) -> str:
-        return str(getattr(self.likelihood, "value", self.likelihood))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, into the same kind of posterior over the same tensors.
 

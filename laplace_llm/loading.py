@@ -14,10 +14,10 @@ from torch import nn
 
 from laplace_llm import files, heads
 from laplace_llm._compat import CurvatureInterface
-from laplace_llm.adapters import active_adapters
+from laplace_llm.adapters import active_adapters, check_active
 from laplace_llm.backends import StreamingEF, StreamingGGN
 from laplace_llm.causal_heads import MultipleChoiceHead
-from laplace_llm.errors import AdapterError, StateError
+from laplace_llm.errors import StateError
 from laplace_llm.fingerprint import fingerprint
 from laplace_llm.layers import adapters_of, lora_layers
 from laplace_llm.saving import (
@@ -238,15 +238,8 @@ def _check_adapter(la: Any, config: dict[str, Any]) -> None:
             f"Expected an adapter in {config['dtype']}, but it is in {dtype}. Load it as it was "
             "saved (adapter.to(...) changes it)."
         )
-    active = active_adapters(la.model)
-    saved = [
-        la.adapter if name == config["adapter"] else name for name in config["active_adapters"]
-    ]
-    if active != saved:
-        raise AdapterError(
-            f"Expected the adapters {saved} to be active, as in fit(), but {active} are. Call "
-            "set_adapter(...) first."
-        )
+    active = config["active_adapters"]
+    check_active(la.model, [la.adapter if n == config["adapter"] else n for n in active])
     if fingerprint(la.model, la.adapter) != config["adapter_sha256"]:
         raise StateError(
             f"Expected the very weights that the posterior was fitted at, but adapter "

@@ -18,6 +18,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise OptionError(f"Expected {name} to be an integer >= {least}, but got {value!r}.")
 
 
+def check_optional_count(name: str, value: Any) -> None:
+    """Raise OptionError unless `value` is None or an integer of at least 1."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise OptionError(f"Expected {name}=None or an integer >= 1, but got {value!r}.")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise OptionError unless `value` is a positive finite number, or a tensor of one."""
     number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)

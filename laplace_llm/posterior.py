@@ -15,7 +15,7 @@ from laplace_llm import prior
 from laplace_llm._compat import CurvatureInterface, ParametricLaplace
 from laplace_llm.adapters import (
     Sides,
-    active_adapters,
+    check_active,
     find_lora_tensors,
     lora_dtype,
     resolve_adapter,
@@ -23,7 +23,7 @@ from laplace_llm.adapters import (
 from laplace_llm.backends import StreamingGGN
 from laplace_llm.checkpoints import Checkpoints
 from laplace_llm.curvature import BatchSummary, StreamingInterface, check_backend
-from laplace_llm.errors import AdapterError, NotFittedError, OptionError
+from laplace_llm.errors import NotFittedError, OptionError
 from laplace_llm.heads import as_classifier, check_module, undistributed
 from laplace_llm.options import check_flag, check_positive
 from laplace_llm.session import borrowed
@@ -337,12 +337,8 @@ class LoraPosterior(ParametricLaplace):
     def check_adapter(self, as_fitted: bool = True) -> None:
         """Raise AdapterError unless the adapter is active, with the others that `fit` saw."""
         resolve_adapter(self.model, self.adapter)
-        active = active_adapters(self.model)
-        if as_fitted and self._fitted_under is not None and active != self._fitted_under:
-            raise AdapterError(
-                f"Expected the adapters {self._fitted_under} to be active, as in fit(), but "
-                f"{active} are. Call set_adapter(...), or fit again."
-            )
+        if as_fitted and self._fitted_under is not None:
+            check_active(self.model, self._fitted_under)
 
     @contextmanager
     def _borrowed(self, as_fitted: bool = True) -> Iterator[None]:

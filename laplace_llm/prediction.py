@@ -160,9 +160,7 @@ class LoraPredictive(LoraPosterior):
         Unlike there, those of a reward model are rewards for both predictives, not the softmax of
         what is a single output.
         """
-        self._check_H_init()
-        check_one_of("pred_type", pred_type, PREDICTIVES)
-        self._check_sampling(n_samples, generator)
+        self._check_samples(pred_type, n_samples, generator)
         sample = super().predictive_samples
         if self.likelihood == "reward_modeling":
             sample = self.functional_samples
@@ -177,9 +175,7 @@ class LoraPredictive(LoraPosterior):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return samples (S, B, C) of the outputs, as the parent does."""
-        self._check_H_init()
-        check_one_of("pred_type", pred_type, PREDICTIVES)
-        self._check_sampling(n_samples, generator)
+        self._check_samples(pred_type, n_samples, generator)
         return super().functional_samples(x, pred_type, n_samples, diagonal_output, generator)
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
@@ -201,9 +197,14 @@ class LoraPredictive(LoraPosterior):
         check_one_of("link_approx", link_approx, LINKS)
         if pred_type == "nn" and link_approx != "mc":
             raise OptionError(
-                f"Expected link_approx='mc' for pred_type='nn' (the mc link alone takes sampled "
-                f"weights), but got {link_approx!r}."
+                f"Only mc link approximation is supported for nn: expected link_approx='mc', but "
+                f"got {link_approx!r}."
             )
+
+    def _check_samples(self, pred_type: Any, n_samples: Any, generator: Any) -> None:
+        self._check_H_init()
+        check_one_of("pred_type", pred_type, PREDICTIVES)
+        self._check_sampling(n_samples, generator)
 
     def _check_sampling(self, n_samples: Any, generator: Any) -> None:
         check_count("n_samples", n_samples)

@@ -6,7 +6,6 @@ posterior, what it belongs to, and checksums. No pickle anywhere. `laplace_llm.l
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,6 +54,10 @@ class SavedPosterior(PushToHubMixin):
     @abstractmethod
     def _state_of_model(self) -> dict[str, Any]:
         """Return what the state holds of the adapter itself, and a file need not repeat."""
+
+    @property
+    def _likelihood_name(self) -> str:
+        return str(getattr(self.likelihood, "value", self.likelihood))
 
     def _check_unchanged(self) -> None:
         """Raise StateError if the adapter is not the one that was fitted."""
@@ -111,7 +114,7 @@ class SavedPosterior(PushToHubMixin):
             for key in NUMBERS & set(state):
                 state[key] = _readable(state[key], len(self.tensors))
             tensors, rest = files.split(files.flatten(state))
-            config = _checked_json({**self._description(), "state": rest})
+            config = files.plain_json({**self._description(), "state": rest})
             files.write_tensors(folder / WEIGHTS, tensors, metadata={"format": FORMAT_VERSION})
             config["weights_sha256"] = files.sha256_of(folder / WEIGHTS)
             config["weights_bytes"] = (folder / WEIGHTS).stat().st_size
@@ -125,7 +128,7 @@ class SavedPosterior(PushToHubMixin):
             "format_version": FORMAT_VERSION,
             "class": type(self).__name__,
             "hessian_structure": getattr(self, "_key", ("lora", "gp"))[1],
-            "likelihood": getattr(self.likelihood, "value", self.likelihood),
+            "likelihood": self._likelihood_name,
             "options": self._options(),
             "head": describe_head(self.model),
             "adapter": self.adapter,
@@ -166,13 +169,3 @@ def _readable(value: Any, length: int) -> Any:
     """Return up to `length` values as numbers, which JSON keeps to the last bit."""
     short = isinstance(value, Tensor) and value.ndim <= 1 and value.numel() <= length
     return value.tolist() if short else value
-
-
-def _checked_json(config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(config))
-    except TypeError as error:
-        raise OptionError(
-            f"Expected options that JSON can hold (numbers, strings, lists), but: {error}. Leave "
-            "such an option out of backend_kwargs, or save state_dict() with torch.save."
-        ) from error

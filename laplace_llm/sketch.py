@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_llm.eigen import decomposing, eigh
-from laplace_llm.errors import OptionError
+from laplace_llm.options import check_optional_count
 from laplace_llm.sums import RunningSum
 
 DEFAULT_RANK = 64
@@ -187,7 +187,7 @@ def new_moment(
     OptionError
         If `rank` is smaller than one.
     """
-    check_rank(rank)
+    check_optional_count("rank", rank)
     columns = 2 * (DEFAULT_RANK if rank is None else rank)
     if small or dim <= columns:
         return DenseMoment(torch.zeros(dim, dim, dtype=dtype, device=device))
@@ -298,12 +298,6 @@ def _nystrom(sketch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y.copy_(exact @ root @ rotation)
     values = (values - shift[:, None]).clamp_min(0)
     return torch.where(dropped, 0, values), sketch, dropped, shift
-
-
-def check_rank(rank: int | None) -> None:
-    """Raise OptionError unless `rank` is None or a positive integer."""
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise OptionError(f"Expected rank=None or an integer >= 1, but got {rank!r}.")
 
 
 def _test_matrix_of(like: Tensor, columns: int | None = None) -> Tensor:

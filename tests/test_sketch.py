@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from laplace_llm.errors import OptionError
+from laplace_llm.options import check_optional_count
 from laplace_llm.sketch import (
     DEFAULT_RANK,
     DenseMoment,
     SketchedMoment,
-    check_rank,
     new_moment,
     spectra,
 )
@@ -239,4 +239,4 @@ def test_rank_must_be_a_positive_integer(rank):
     with pytest.raises(OptionError, match="rank"):
         new_moment(10, rank, torch.float32, "cpu")
     with pytest.raises(OptionError, match="rank"):
-        check_rank(rank)
+        check_optional_count("rank", rank)

@@ -15,7 +15,7 @@ from laplace_llm.curvature import BatchSummary
 from laplace_llm.eigen import decomposing, eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.lowrank import LowRankPrecision
-from laplace_llm.options import check_count, check_flag
+from laplace_llm.options import check_count, check_flag, check_optional_count
 from laplace_llm.outputs import OutputRows
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.session import undisturbed_calls
@@ -98,10 +98,7 @@ class FunctionalLoraLaplace(LowRankLoraLaplace):
         include_modules_to_save: bool = False,
         factors_on: Literal["cpu", "disk"] | None = None,
     ) -> None:
-        if n_subset is not None and (
-            not isinstance(n_subset, int) or isinstance(n_subset, bool) or n_subset < 1
-        ):
-            raise OptionError(f"Expected n_subset=None or an integer >= 1, but got {n_subset!r}.")
+        check_optional_count("n_subset", n_subset)
         check_flag("independent_outputs", independent_outputs)
         check_count("seed", seed, 0)
         self.n_subset, self.independent_outputs, self.seed = n_subset, independent_outputs, seed

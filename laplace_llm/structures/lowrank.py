@@ -15,6 +15,7 @@ from laplace_llm.eigen import eigh
 from laplace_llm.errors import OptionError
 from laplace_llm.laplace import LoraLaplace
 from laplace_llm.lowrank import LowRankPrecision
+from laplace_llm.options import check_optional_count
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.session import undisturbed_calls
 from laplace_llm.shards import Shard
@@ -68,10 +69,7 @@ class LowRankLoraLaplace(LoraLaplace, ParametricLaplace):
         max_rank: int | None = 1024,
         factors_on: Literal["cpu", "disk"] | None = None,
     ) -> None:
-        if max_rank is not None and (
-            not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1
-        ):
-            raise OptionError(f"Expected max_rank=None or an integer >= 1, but got {max_rank!r}.")
+        check_optional_count("max_rank", max_rank)
         if factors_on not in (None, "cpu", "disk"):
             raise OptionError(f"Expected factors_on=None, 'cpu' or 'disk', but got {factors_on!r}.")
         check_streaming(backend, "the rows of a GGN")

@@ -138,47 +138,41 @@ class LoraTuned(LoraPredictive):
                 "Expected no loss for method='loo', which scores the negative log likelihood. Use "
                 "method='gridsearch' with a val_loader for another one."
             )
-        before = self.prior_precision
-        try:
-            if method == "gridsearch":
-                self._check_prediction(pred_type, link_approx)
-                self.prior_precision = gridsearch(
-                    self, default_loss(self) if loss is None else loss, interval, val_loader,
-                    pred_type, link_approx, n_samples, progress_bar,
-                )  # fmt: skip
-            elif method == "val_grad":
-                assert val_loader is not None
-                self.prior_precision = val_grad(
-                    self, val_loader, bounds, _is_layerwise(prior_structure), link_approx, loss,
-                    n_steps, lr, progress_bar,
-                )  # fmt: skip
-            elif method == "loo":
-                loaders = self._training_loaders(train_loader)
-                space = joint_space(self, loaders, progress_bar)
-                self.prior_precision = shared_by(loaders).agreed(
-                    lambda: leave_one_out(self, space, interval, link_approx, n_samples)
-                )
-            elif method == "marglik" and evidence == "linear_mode":
-                loaders = self._training_loaders(train_loader)
-                space = joint_space(self, loaders, progress_bar)
-                self.prior_precision = shared_by(loaders).agreed(
-                    lambda: linear_mode_evidence(space, interval)
-                )
-            elif method == "marglik" and evidence == "trained":
-                check_precision(init_prior_prec, self._prior_lengths)
-                parent_marglik(
-                    self, pred_type, n_steps, lr, init_prior_prec, prior_structure, val_loader,
-                    progress_bar,
-                )  # fmt: skip
-                self._warn_if_unsure()
-            else:
-                raise OptionError(
-                    "Expected method 'loo', 'gridsearch', 'val_grad' or 'marglik' (with evidence "
-                    f"'trained' or 'linear_mode'), but got {method!r} and {evidence!r}."
-                )
-        except BaseException:
-            self.prior_precision = before
-            raise
+        if method == "gridsearch":
+            self.prior_precision = gridsearch(
+                self, default_loss(self) if loss is None else loss, interval, val_loader,
+                pred_type, link_approx, n_samples, progress_bar,
+            )  # fmt: skip
+        elif method == "val_grad":
+            assert val_loader is not None
+            self.prior_precision = val_grad(
+                self, val_loader, bounds, _is_layerwise(prior_structure), link_approx, loss,
+                n_steps, lr, progress_bar,
+            )  # fmt: skip
+        elif method == "loo":
+            loaders = self._training_loaders(train_loader)
+            space = joint_space(self, loaders, progress_bar)
+            self.prior_precision = shared_by(loaders).agreed(
+                lambda: leave_one_out(self, space, interval, link_approx, n_samples)
+            )
+        elif method == "marglik" and evidence == "linear_mode":
+            loaders = self._training_loaders(train_loader)
+            space = joint_space(self, loaders, progress_bar)
+            self.prior_precision = shared_by(loaders).agreed(
+                lambda: linear_mode_evidence(space, interval)
+            )
+        elif method == "marglik" and evidence == "trained":
+            check_precision(init_prior_prec, self._prior_lengths)
+            parent_marglik(
+                self, pred_type, n_steps, lr, init_prior_prec, prior_structure, val_loader,
+                progress_bar,
+            )  # fmt: skip
+            self._warn_if_unsure()
+        else:
+            raise OptionError(
+                "Expected method 'loo', 'gridsearch', 'val_grad' or 'marglik' (with evidence "
+                f"'trained' or 'linear_mode'), but got {method!r} and {evidence!r}."
+            )
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
