@@ -38,8 +38,6 @@ from laplace_llm.errors import AdapterError, TapError
 from laplace_llm.kernel import training_space
 from laplace_llm.sketch import test_matrix
 
-pytestmark = pytest.mark.xdist_group("bases")
-
 STRUCTURES = ["kron", "diag", "full", "lowrank"]
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
 TRAIN, TEST = letter_batch(8, seed=1), letter_batch(5)
@@ -459,7 +457,13 @@ def test_fake_devices_do_not_mix(on_two_devices):
 
 @pytest.mark.parametrize(
     ("structure", "rank"),
-    [("kron", 2), ("diag", None), ("full", None), ("lowrank", None), ("ekfac", 2)],
+    [
+        ("kron", 2),
+        ("diag", None),
+        pytest.param("full", None, marks=pytest.mark.slow),
+        pytest.param("lowrank", None, marks=pytest.mark.slow),
+        pytest.param("ekfac", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_layers_may_be_on_two_devices(on_two_devices, structure, rank):
     la = Laplace(on_two_devices, "classification", "lora", structure, backend_kwargs={"rank": rank})

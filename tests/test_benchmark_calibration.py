@@ -55,8 +55,6 @@ from laplace_llm.moments import Moments
 from laplace_llm.tasks import Task, Template, load_task, register_task
 from laplace_llm.tasks import registry as tasks_registry
 
-pytestmark = pytest.mark.xdist_group("benchmark_calibration")
-
 EXAMPLE = Path(__file__).parent.parent / "examples" / "add_a_method.py"
 FEW = ["MAP", "temperature", "Laplace-LoRA kron, loo", "Laplace-LoRA diag, gridsearch"]
 
@@ -196,6 +194,7 @@ def test_other_methods_rows_failures_and_other_test_sets(place, tmp_path, regist
         assert text in report
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill(place, tmp_path, registry):
     plugin = tmp_path / "slow.py"
     plugin.write_text(

@@ -17,8 +17,6 @@ from laplace_llm.benchmark.speed.four_bit import four_bit
 from laplace_llm.benchmark.speed.operations import Operation, Row
 from laplace_llm.benchmark.speed.presets import Preset, Problem, Workload
 
-pytestmark = pytest.mark.xdist_group("benchmark_speed")
-
 TINY = Workload.of("tiny", "cpu")
 CPU = torch.device("cpu")
 
@@ -54,6 +52,7 @@ def _few_rows(monkeypatch):
 
 
 @pytest.mark.usefixtures("_few_rows")
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--peers", "--rows", "broken", "fit"]
     arguments += ["--repeats", "3", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)]
@@ -334,6 +333,7 @@ def test_the_models_bytes():
     assert model == 4 * (parameters + buffers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [r.name for r in operations.ROWS if r.on_meta])
 def test_rows_run_on_meta(name):
     result = accounted(name)
@@ -344,6 +344,7 @@ def test_rows_run_on_meta(name):
 ASDL = [r for r in peers.ROWS if r.who == peers.ASDL]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ASDL backend is used")
 @pytest.mark.filterwarnings("ignore:There is a performance drop because")
 @pytest.mark.parametrize("name", [r.name for r in ASDL if r.on_meta])

@@ -162,7 +162,10 @@ def test_the_best_weights_are_the_ones_that_are_fitted(tmp_path):
 # Logs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "lowrank", "gp"])
+@pytest.mark.parametrize(
+    "structure",
+    ["kron", *(pytest.param(s, marks=pytest.mark.slow) for s in ("diag", "lowrank", "gp"))],
+)
 def test_the_evidence_of_each_epoch_is_logged(structure, tmp_path, recwarn):
     callback = LaplaceCallback(every="epoch", save=False, hessian_structure=structure)
     trainer = trainer_of(tmp_path, callback)
@@ -266,8 +269,10 @@ def trained(folder, callback, **options):
     [
         {},
         {"gradient_accumulation_steps": 2, "eval_strategy": "epoch", "held_out": ROWS},
-        {"bf16": True, CHECKPOINTING: True},
-        {"dataloader_drop_last": True, "neftune_noise_alpha": 5.0},
+        pytest.param({"bf16": True, CHECKPOINTING: True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"dataloader_drop_last": True, "neftune_noise_alpha": 5.0}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )

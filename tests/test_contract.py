@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -63,6 +64,11 @@ ONE_PASS = [name for name in STRUCTURES if not name.startswith("ekfac")]
 PRIOR = {"temperature": 0.5, "prior_mean": 0.1}
 
 
+@lru_cache
+def make_batch(head):
+    return HEADS[head]().make_batch
+
+
 class Case(NamedTuple):
     structure: str
     head: str
@@ -76,7 +82,7 @@ class Case(NamedTuple):
         return la
 
     def batch(self, n=6, seed=0):
-        return HEADS[self.head]().make_batch(n, seed=seed)
+        return make_batch(self.head)(n, seed=seed)
 
     def fitted(self, **kwargs):
         la, batch = self.build(**kwargs), self.batch()
@@ -95,12 +101,27 @@ EMPIRICAL_CASES = [
 ]
 
 
-def cases(*chosen):
-    ids = [f"{c.head}-{c.structure}{'-empirical' * (c.backend is not None)}" for c in chosen]
-    return pytest.mark.parametrize("case", chosen, ids=ids)
+def cases(*chosen, quick=None):
+    """Parametrise a test; slow are variants of a structure, except over letters, and other heads.
+
+    `quick` names the heads that are not slow, if not all.
+    """
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                c,
+                id=f"{c.head}-{c.structure}{'-empirical' * (c.backend is not None)}",
+                marks=[pytest.mark.slow]
+                * (("," in c.structure and c.head != "letters") or c.head not in (quick or HEADS)),
+            )
+            for c in chosen
+        ],
+    )
 
 
 ALL = cases(*EXACT_CASES, *EMPIRICAL_CASES)
+LONG = cases(*EXACT_CASES, *EMPIRICAL_CASES, quick=("letters", "mlp"))
 LETTERS = cases(*(Case(structure, "letters") for structure in STRUCTURES))
 MLP = cases(*(Case(structure, "mlp") for structure in STRUCTURES))
 
@@ -840,7 +861,7 @@ def check_gridsearch(case, loss):
     torch.testing.assert_close(chosen, INTERVAL[expected.argmin()].double()[None])
 
 
-@ALL
+@LONG
 def test_gridsearch_with_a_metric_equals_separate_passes(case):
     check_gridsearch(case, RecordingMetric())
 
@@ -908,7 +929,7 @@ def test_gridsearch_without_a_finite_loss_changes_nothing(case):
     torch.testing.assert_close(la(inputs_of(batch)), probabilities, **EXACT)
 
 
-@ALL
+@LONG
 def test_marglik_increases_the_marginal_likelihood(case):
     la, _ = case.fitted()
     for structure, length in (("scalar", 1), ("layerwise", len(la.tensors))):
@@ -1011,7 +1032,7 @@ def test_state_of_another_posterior_is_refused():
 # Memory -------------------------------------------------------------------------------------------
 
 
-@ALL
+@LONG
 def test_slicing_a_batch_changes_nothing(case, monkeypatch):
     la, _ = case.fitted()
     x = inputs_of(case.batch(5, seed=3))

@@ -25,9 +25,7 @@ from laplace_llm.errors import OptionError, UnsupportedLayerError
 from laplace_llm.kernel import training_space
 from laplace_llm.splits import dealt
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
-WORLDS = pytest.mark.parametrize("world", [2, 3])
+WORLDS = pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
 @lru_cache
@@ -236,6 +234,10 @@ def test_a_process_that_fails_ends_the_job_with_its_error():
     _, done = launched(2)
     assert done.returncode != 0
     assert "laplace_llm.errors.DataError: Expected labels from 0 to 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_meet_errors_in_turn_end_well():
     _, done = launched(3)
     assert done.returncode == 0
 

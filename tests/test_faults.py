@@ -358,10 +358,24 @@ TABLE += [
     for stage in WHERE
     if stage in stages
 ]
+# The other calls pass these stages in the code that these calls do.
+TYPICAL = {"fit", "fit with checkpoints", "loo", "grid glm", "marglik", "qmc", "nn"}
 ERRORS = (RuntimeError, KeyboardInterrupt)
 
 
-@pytest.mark.parametrize(("structure", "call", "stage"), TABLE)
+def slow_where(usual: bool) -> list[pytest.MarkDecorator]:
+    return [] if usual else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("structure", "call", "stage"),
+    [
+        pytest.param(
+            *row, marks=slow_where(row[1] in TYPICAL or row[2] not in TAPPED - {"forward"})
+        )
+        for row in TABLE
+    ],
+)
 def test_after_an_error_everything_is_as_it_was(structure, call, stage, monkeypatch):
     """Half-way and at the last moment, by errors of every kind, and the call works afterwards."""
     scene = Scene(stage, monkeypatch, structure)
@@ -438,7 +452,9 @@ def test_an_error_in_construction(structure, error):
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 @pytest.mark.parametrize("backend", [StreamingEF, CurvlinopsGGN, AsdlGGN])
-@pytest.mark.parametrize("stage", ["forward", "users hook", "backward"])
+@pytest.mark.parametrize(
+    "stage", ["forward", pytest.param("users hook", marks=pytest.mark.slow), "backward"]
+)
 def test_an_error_inside_any_backend(stage, backend, structure, monkeypatch):
     scene = Scene(stage, monkeypatch, structure)
     batches = [letter_batch(3, seed=1), letter_batch(2, seed=2)] * 2

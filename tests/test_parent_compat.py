@@ -89,6 +89,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_keys_in_new_processes():
     """The parent walks a set, whose order differs between processes."""
     runs = [
