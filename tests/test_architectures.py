@@ -149,6 +149,7 @@ def test_padding_changes_no_jacobian(case):
         torch.testing.assert_close(jacobians(head, case.batch(3, pad=side, **extra)), expected)
 
 
+@pytest.mark.slow
 @each_case
 def test_the_posterior_is_one_over_these_jacobians(case):
     head, batch = case.head(), case.batch(3, seed=1)

@@ -101,6 +101,7 @@ def run(place, out, *more):
 # The whole command --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(place, tmp_path, capsys):
     runs = run(
         place, tmp_path, "--tasks", "trec", "--seeds", 0, 1, "--methods", *FEW, "--save-predictions"

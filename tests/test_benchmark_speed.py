@@ -384,6 +384,7 @@ def test_no_side_is_squared(monkeypatch):
     assert theirs["kept_bytes"] > 4 * square
 
 
+@pytest.mark.slow
 def test_the_accounting_through_the_command(monkeypatch, tmp_path, capsys):
     def in_this_process(r: Row, workload: Workload, options: Any) -> dict[str, Any]:
         return {"name": r.name, "title": r.title, "who": r.who, **row.accounted(r, workload)}
@@ -487,6 +488,7 @@ def test_all_but_embeddings_norms_and_the_output_layer_are_in_4_bits(bitsandbyte
     assert len(adapted) == 2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step", "fit", "qmc", "construct"])
 def test_rows_run_on_a_base_in_4_bits(bitsandbytes, name):
     named(name).set_up(Problem(Workload.of("nf4", "cpu"))).run()

@@ -57,7 +57,7 @@ def files_of(folder: Path) -> list[str]:
 # Errors and Ctrl-C --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [1, 3, BATCHES - 1])
+@pytest.mark.parametrize("before", [1, pytest.param(3, marks=pytest.mark.slow), BATCHES - 1])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_an_interrupted_fit_ends_as_one_that_was_not(structure, before, tmp_path):
     torch.manual_seed(0)

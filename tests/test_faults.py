@@ -451,7 +451,9 @@ def test_an_error_in_construction(structure, error):
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-@pytest.mark.parametrize("backend", [StreamingEF, CurvlinopsGGN, AsdlGGN])
+@pytest.mark.parametrize(
+    "backend", [StreamingEF, CurvlinopsGGN, pytest.param(AsdlGGN, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "stage", ["forward", pytest.param("users hook", marks=pytest.mark.slow), "backward"]
 )
