@@ -19,7 +19,7 @@ from laplace_llm import (
     MultipleChoiceHead,
 )
 
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 ROWS = [
     {
