@@ -7,6 +7,7 @@ from functools import partial, wraps
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import laplace
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from tokenizers import Tokenizer
@@ -66,6 +67,7 @@ from laplace_llm.factors import FactorPair, LoraKron
 from laplace_llm.rows import LowRankGGN
 from laplace_llm.sketch import spectra
 
+HAS_ELLA = hasattr(laplace, "ELLA")  # since laplace-torch 0.3
 VOCABULARY = 50
 HIDDEN = 16
 CHOICE_TOKENS = (11, 23, 37, 41, 5)
@@ -249,7 +251,7 @@ SEQ2SEQ_ARCHITECTURES: dict[str, Architecture] = {
 
 
 def copied(build: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
-    """Build each model once, and return copies, which take a quarter of the time."""
+    """Build each model once, and return copies of it."""
     built: dict[str, tuple[Any, PeftModel]] = {}
 
     @wraps(build)

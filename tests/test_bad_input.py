@@ -6,13 +6,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-import laplace.baselaplace
 import numpy as np
 import pytest
 import torch
 from laplace import Laplace
 from laplace.curvature import CurvlinopsGGN
 from models import (
+    HAS_ELLA,
     choice_batch,
     frozen,
     letter_batch,
@@ -105,7 +105,6 @@ def posterior(la: Any) -> dict[str, Any]:
 
 # Construction -------------------------------------------------------------------------------------
 
-HAS_ELLA = hasattr(laplace.baselaplace, "ELLA")
 PARENTS_ERROR = ValueError if HAS_ELLA else KeyError  # of a choice that it does not have
 
 

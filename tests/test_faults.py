@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from tempfile import mkdtemp
 from typing import Any
 
-import laplace
 import pytest
 import torch
 from laplace import Laplace
 from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from models import (
+    HAS_ELLA,
     contents,
     frozen,
     letter_batch,
@@ -48,7 +48,7 @@ NN = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3}
 MC = {"link_approx": "mc", "n_samples": 3}
 GRID = {"method": "gridsearch", "grid_size": 3}
 VALUES = torch.tensor([0.5, 5.0])
-SINCE_03 = pytest.mark.skipif(not hasattr(laplace, "ELLA"), reason="needs laplace-torch 0.3")
+SINCE_03 = pytest.mark.skipif(not HAS_ELLA, reason="needs laplace-torch 0.3")
 
 
 class Boom(Exception):
@@ -363,15 +363,12 @@ TYPICAL = {"fit", "fit with checkpoints", "loo", "grid glm", "marglik", "qmc", "
 ERRORS = (RuntimeError, KeyboardInterrupt)
 
 
-def slow_where(usual: bool) -> list[pytest.MarkDecorator]:
-    return [] if usual else [pytest.mark.slow]
-
-
 @pytest.mark.parametrize(
     ("structure", "call", "stage"),
     [
         pytest.param(
-            *row, marks=slow_where(row[1] in TYPICAL or row[2] not in TAPPED - {"forward"})
+            *row,
+            marks=[pytest.mark.slow] * (row[1] not in TYPICAL and row[2] in TAPPED - {"forward"}),
         )
         for row in TABLE
     ],

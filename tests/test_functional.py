@@ -7,6 +7,7 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from models import (
+    HAS_ELLA,
     HEADS,
     bruteforce_jacobians,
     inputs_of,
@@ -36,7 +37,7 @@ from laplace_llm.links import mean_field, quasi_monte_carlo
 EXACT = {"rtol": 1e-7, "atol": 1e-9}
 N = 9
 X_TEST = mlp_batch(4, seed=3)[0]
-SINCE_03 = pytest.mark.skipif(not hasattr(laplace, "ELLA"), reason="needs laplace-torch 0.3")
+SINCE_03 = pytest.mark.skipif(not HAS_ELLA, reason="needs laplace-torch 0.3")
 EACH_LIKELIHOOD = pytest.mark.parametrize("likelihood", ["classification", "regression"])
 OPTIONS = {"temperature": 0.5, "prior_precision": 0.8}
 ELLA = {"subsample_size": 6, "n_eigenvalues": 4, "seed": 2, **OPTIONS}
@@ -392,7 +393,7 @@ def test_our_factory_knows_them():
     assert type(theirs) is laplace.ELLA
 
 
-@pytest.mark.skipif(hasattr(laplace, "ELLA"), reason="of earlier versions")
+@pytest.mark.skipif(HAS_ELLA, reason="of earlier versions")
 @BOTH
 def test_earlier_versions_of_laplace_torch_say_so(cls, options):
     with pytest.raises(OptionError, match=r"laplace-torch >= 0\.3.*hessian_structure='gp'"):

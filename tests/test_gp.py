@@ -8,6 +8,7 @@ import pytest
 import torch
 from laplace.curvature import CurvlinopsGGN
 from models import (
+    HAS_ELLA,
     HEADS,
     bruteforce_jacobians,
     chunks,
@@ -120,7 +121,7 @@ def test_it_is_the_parents_functional_laplace(likelihood, outputs, independent, 
 
 
 @pytest.mark.filterwarnings("ignore:Using FunctionalLaplace with the diagonal")
-@pytest.mark.skipif(not hasattr(laplace, "ELLA"), reason="0.2.3 has no joint covariance for this")
+@pytest.mark.skipif(not HAS_ELLA, reason="0.2.3 has no joint covariance for this")
 @INDEPENDENT
 def test_joint_covariances_are_the_parents(independent):
     kwargs = {"independent_outputs": independent}

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard
 from laplace.curvature import AsdlGGN, CurvlinopsGGN
 from models import (
     CHOICE_TOKENS,
+    HAS_ELLA,
     HEADS,
     chunks,
     frozen,
@@ -36,12 +37,10 @@ from transformers import LlamaForCausalLM
 
 import laplace_llm
 from laplace_llm import MultipleChoiceHead, StreamingEF, from_pretrained
-from laplace_llm._compat import BaseFunctionalLaplace, BaseLaplace
 from laplace_llm.errors import AdapterError, NotFittedError, OptionError, StateError, StorageError
 from laplace_llm.fingerprint import fingerprint
 from laplace_llm.saving import CONFIG, FORMAT_VERSION, WEIGHTS
 
-HAS_ELLA = issubclass(BaseFunctionalLaplace, BaseLaplace)  # since laplace-torch 0.3
 OPTIONS: dict[str, dict[str, Any]] = {
     "kron": {},
     "kron, damped": {"damping": True},

@@ -371,9 +371,9 @@ def test_a_use_inside_a_context_equals_one_outside(context, structure):
         model = letter_head(tiny_llama(torch.float32))
         before = snapshot(model)
         found = []
-        with CONTEXTS[context]() if inside else torch.enable_grad():
-            la = fitted(model, structure)  # constructed and fitted there too
-            for use in USES.values():
+        for use in USES.values():
+            with CONTEXTS[context]() if inside else torch.enable_grad():
+                la = fitted(model, structure)  # constructed and fitted there too
                 result = use(la)
                 found.append(outcome(la, result))
         assert snapshot(model) == before
